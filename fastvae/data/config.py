@@ -1,0 +1,36 @@
+"""Which images to read, and how."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastvae.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and what is done to them once, when they are read."""
+
+    data: str = "digits"
+    """digits, mnist, fashion-mnist, cifar10, a folder of images, a folder or name that Hugging
+    Face datasets can load (Parquet, Arrow, a Hub name), or an .npy, .npz or .safetensors file."""
+    data_dir: Path | None = None
+    """Where mnist, fashion-mnist and cifar10 already lie or are downloaded to (default: data)."""
+    download: bool = False
+    """Fetch mnist, fashion-mnist or cifar10 into --data-dir if they are not there."""
+    image_size: tuple[int, ...] = ()
+    """Resize to HEIGHT WIDTH (one number: a square). Empty: keep the size, which must be one."""
+    resize: Literal["crop", "stretch"] = "crop"
+    """With --image-size: scale the shorter side and cut the centre, or stretch both sides."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour. None: grey if every image is grey, else colour."""
+    holdout: float = 0.1
+    """Share of the images held out for evaluation where the source has no test split."""
+
+    def __post_init__(self) -> None:
+        if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
+            raise UserError(
+                f"--image-size takes one or two positive whole numbers, got {list(self.image_size)}"
+            )
+        if not 0.0 < self.holdout < 1.0:
+            raise UserError(f"--holdout is a share between 0 and 1, got {self.holdout}")

@@ -1,0 +1,106 @@
+"""Counter-based random numbers in plain PyTorch: the noise is a function of where it is used.
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a 128-bit
+counter and a 64-bit key into four 32-bit integers. Here the key is the seed, and the counter is
+the place: row r (a global sample position) and columns 4q … 4q+3 of a tensor with D columns take
+the four outputs of the call number `r * ceil(D / 4) + q`. A row therefore meets the same noise on
+every device, in every process, and in whatever batch it comes.
+
+Integers are held in int64 and every product fits in 63 bits, so eager PyTorch, Inductor and the
+Triton kernels agree on them bit for bit.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+# The multipliers less 2^32: x * (M - 2^32) fits in an int64 for every 32-bit x.
+_MULTIPLIER_0 = 0xD2511F53 - 2**32
+_MULTIPLIER_1 = 0xCD9E8D57 - 2**32
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+
+# sin and cos on [0, π/4]: Taylor coefficients in t², below float32 rounding on that interval.
+_SIN = (-1 / 6, 1 / 120, -1 / 5040, 1 / 362880)
+_COS = (-1 / 2, 1 / 24, -1 / 720, 1 / 40320)
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit values (broadcast against each other).
+
+    Returns four int64 tensors with values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product_0 = c0 * _MULTIPLIER_0
+        product_1 = c2 * _MULTIPLIER_1
+        # floor(x·M / 2^32) = floor(x·(M − 2^32) / 2^32) + x; the low words are equal.
+        high_0 = (product_0 >> 32) + c0
+        high_1 = (product_1 >> 32) + c2
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, product_1 & _MASK, high_0 ^ c3 ^ k1, product_0 & _MASK
+        k0 = (k0 + _WEYL_0) & _MASK
+        k1 = (k1 + _WEYL_1) & _MASK
+    return c0, c1, c2, c3
+
+
+def row_bits(
+    rows: int, columns: int, seed: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four outputs for each group of four columns: int64 `[rows, ceil(columns / 4)]` each.
+
+    `seed` and `offset` (the global position of the first row) are int64 tensors of one element;
+    the result lies on `offset`'s device.
+    """
+    device = offset.device
+    groups = (columns + 3) // 4
+    row_R1 = (offset.reshape(()) + torch.arange(rows, device=device)).unsqueeze(1)
+    call_RG = row_R1 * groups + torch.arange(groups, device=device)
+    zero_RG = torch.zeros_like(call_RG)
+    seed = seed.reshape(())
+    return philox4x32(
+        (call_RG & _MASK, (call_RG >> 32) & _MASK, zero_RG, zero_RG),
+        (seed & _MASK, (seed >> 32) & _MASK),
+    )
+
+
+def _interleave(parts: tuple[Tensor, ...], columns: int) -> Tensor:
+    """`[rows, groups]` × 4 → `[rows, columns]`, part j in columns 4q + j."""
+    return torch.stack(parts, dim=-1).flatten(1)[:, :columns]
+
+
+def row_uniforms(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
+    """Uniform on [0, 1), never 1: float32 `[rows, columns]`, multiples of 2^-24."""
+    parts = tuple((bits >> 8).float() * 2.0**-24 for bits in row_bits(rows, columns, seed, offset))
+    return _interleave(parts, columns)
+
+
+def row_normals(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
+    """Standard normal: float32 `[rows, columns]`, magnitudes up to 6.8."""
+    a, b, c, d = row_bits(rows, columns, seed, offset)
+    return _interleave((*_box_muller(a, b), *_box_muller(c, d)), columns)
+
+
+def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent normals from two 32-bit integers.
+
+    The top three bits of the angle choose the octant (two signs and a swap), the rest the angle
+    inside it, where a short polynomial is exact to float32 rounding. No library's sine is called,
+    so all devices agree.
+    """
+    u = radius_bits.float() * 2.0**-32 + 2.0**-33
+    radius = torch.sqrt(-2.0 * torch.log(u))
+    t = (angle_bits & 0x1FFFFFFF).float() * (math.pi / 4 * 2.0**-29)
+    s = t * t
+    sin = t + t * s * (_SIN[0] + s * (_SIN[1] + s * (_SIN[2] + s * _SIN[3])))
+    cos = 1.0 + s * (_COS[0] + s * (_COS[1] + s * (_COS[2] + s * _COS[3])))
+    swap = (angle_bits & 0x20000000) != 0
+    x = radius * torch.where(swap, sin, cos)
+    y = radius * torch.where(swap, cos, sin)
+    x = torch.where((angle_bits & 0x40000000) != 0, -x, x)
+    y = torch.where((angle_bits & 0x80000000) != 0, -y, y)
+    return x, y

@@ -1,0 +1,61 @@
+"""What every launcher needs: rows, tiles, and the device to launch on."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# One program of four warps takes this many elements: 8 a thread, two 128-bit loads of float32.
+TILE = 1024
+# Rows are split among several programs where there would be too few programs to fill a GPU.
+SPLIT_COLUMNS = 4 * TILE
+FEW_PROGRAMS = 512
+
+# Set here because Triton 3.10 turns fusion of multiply and add off by default.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How `[B, D]` is cut: BLOCK_R × BLOCK_C tiles, each row shared by `splits` programs."""
+
+    block_r: int
+    block_c: int
+    row_programs: int
+    splits: int
+    columns_per_split: int
+    column_programs: int
+
+
+def tiling(batch: int, columns: int) -> Tiling:
+    """The tile shapes for `[batch, columns]`; all columns in one program unless rows are few."""
+    block_c = min(TILE, max(4, _next_power_of_2(columns)))
+    block_r = min(TILE // block_c, _next_power_of_2(batch))
+    row_programs = -(-batch // block_r)
+    column_programs = -(-columns // block_c)
+    splits = 1
+    if row_programs < FEW_PROGRAMS and columns > SPLIT_COLUMNS:
+        splits = min(-(-columns // SPLIT_COLUMNS), -(-FEW_PROGRAMS // row_programs))
+    columns_per_split = -(-column_programs // splits) * block_c
+    splits = -(-columns // columns_per_split)
+    return Tiling(block_r, block_c, row_programs, splits, columns_per_split, column_programs)
+
+
+def rows(x: Tensor) -> Tensor:
+    """`[B, …]` with any strides → `[B, D]`: a view where one exists, else a copy."""
+    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+
+
+def readable(target: Tensor) -> Tensor:
+    """bool is read through the same bytes as uint8."""
+    return target.view(torch.uint8) if target.dtype == torch.bool else target
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device: make it `x`'s."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
