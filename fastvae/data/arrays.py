@@ -1,0 +1,224 @@
+"""Images kept as arrays: IDX (the format of MNIST), .npy, .npz and .safetensors files."""
+
+import gzip
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastvae.data.config import DataConfig
+from fastvae.data.decode import fit_images
+from fastvae.data.image_set import ImageSet
+from fastvae.errors import UserError
+
+ENDINGS = (".npy", ".npz", ".safetensors")
+
+_PAIRS = (("x_train", "x_test"), ("train_images", "test_images"), ("train", "test"))
+_PAIR_LABELS = (("y_train", "y_test"), ("train_labels", "test_labels"))
+_IMAGES = ("images", "x", "data")
+_LABELS = ("labels", "y")
+
+
+def read_array_file(path: Path, config: DataConfig) -> tuple[ImageSet, int | None]:
+    """Read images, and labels if there are any, from a .npy, .npz or .safetensors file.
+
+    Images are `[N, H, W]`, `[N, H, W, 1|3]` or `[N, 1|3, H, W]`. Three dimensions are always many
+    grey images, never one in colour; where four can be read both ways, as in `[N, 3, 8, 3]`, the
+    channels are the last. They are uint8, bool (True is white) or floating point in [0, 1], and
+    become uint8 or float32 `[N, C, H, W]`. Labels are integers `[N]` or `[N, 1]`; with a pair of
+    image arrays they count only if both have them.
+
+    Returns all images and, if the file holds a pair such as `x_train` and `x_test`, how many of
+    them, from the first, are for training. Raises UserError for other content; nothing is ever
+    unpickled, and nothing rescaled.
+    """
+    with _named_errors(path), _open_arrays(path) as arrays:
+        image_keys, label_keys = _choose_keys(path, arrays)
+        where = {key: f"{path}, array {key!r}" if key else str(path) for key in arrays}
+        parts = [_to_images(arrays[key], where[key]) for key in image_keys]
+        labels = [_to_labels(arrays[key], where[key]) for key in label_keys]
+    parts = [fit_images(part, config) for part in parts]
+    if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+        described = " and ".join(
+            f"{key} {part.dtype} {list(part.shape)}"
+            for key, part in zip(image_keys, parts, strict=True)
+        )
+        raise UserError(f"{path}: training and test images must be alike, got {described}")
+    images = torch.cat(parts) if len(parts) > 1 else parts[0]
+    whole = ImageSet(images, torch.cat(labels) if labels else None, str(path))
+    return whole, len(parts[0]) if len(parts) > 1 else None
+
+
+def read_idx(path: Path, ndim: int) -> Tensor:
+    """Read an IDX file of bytes, gzipped or not, as a uint8 tensor of `ndim` dimensions.
+
+    Raises UserError if it is something else, or incomplete.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}. Fetch it again") from error
+    # Two zero bytes, the type (8: unsigned bytes), the number of dimensions, the dimensions.
+    header = 4 + 4 * ndim
+    if content[:4] != bytes((0, 0, 8, ndim)) or len(content) < header:
+        raise UserError(
+            f"{path} is not an IDX file of bytes in {ndim} dimensions: it begins with "
+            f"{content[:4].hex(' ') or 'nothing'}. Fetch it again"
+        )
+    shape = np.frombuffer(content, dtype=">u4", count=ndim, offset=4).astype(int)
+    if len(content) - header != shape.prod():
+        raise UserError(
+            f"{path} should hold {shape.prod()} values and holds {len(content) - header}. "
+            "Fetch it again"
+        )
+    values = np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+    return torch.from_numpy(values.copy())  # a copy, since `content` cannot be written to
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise on a bad file into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+        SafetensorError,
+    ) as error:
+        if "pickle" in str(error):  # both of NumPy's messages say it, and it has no class for them
+            raise UserError(
+                f"{path} holds pickled Python objects, or is no NumPy file at all. Unpickling runs "
+                "whatever code a file names, so it is not done. Save plain numbers: "
+                "numpy.save(path, images) with images of type uint8"
+            ) from error
+        raise UserError(
+            f"{path} cannot be read: {error}. It may be incomplete: write or fetch it again"
+        ) from error
+
+
+@contextmanager
+def _open_arrays(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The arrays in a file by name; the one of a .npy has the name "".
+
+    Those of a .npz are read when they are looked up, the others at once.
+    """
+    if path.suffix.lower() == ".safetensors":
+        yield load_file(path)
+        return
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        yield {"": loaded}
+    else:
+        with loaded:
+            yield loaded
+
+
+def _choose_keys(path: Path, arrays: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The names of the image arrays (one, or training and test) and of their labels (or none)."""
+    keys = list(arrays)
+    pair = _first_present(_PAIRS, keys)
+    if pair is not None:
+        labels = _first_present(_PAIR_LABELS, keys)
+        return list(pair), list(labels or ())
+    label = [key for key in _LABELS if key in keys][:1]
+    others = [key for key in keys if key not in _LABELS]
+    images = [key for key in _IMAGES if key in keys] or (others if len(others) == 1 else [])
+    if images:
+        return images[:1], label
+    shown = ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
+    raise UserError(
+        f"{path}: which array holds the images? It has {shown or 'no array'}. Name them "
+        f"{', '.join(_IMAGES)}, or in pairs {'; '.join(f'{a} and {b}' for a, b in _PAIRS)}"
+    )
+
+
+def _first_present(
+    pairs: tuple[tuple[str, str], ...], keys: Collection[str]
+) -> tuple[str, str] | None:
+    return next((pair for pair in pairs if pair[0] in keys and pair[1] in keys), None)
+
+
+def _to_images(array: NDArray[Any] | Tensor, where: str) -> Tensor:
+    """Any accepted array of images -> uint8 or float32 [N, C, H, W]"""
+    images = _to_tensor(array, where)
+    shape = list(images.shape)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and shape[3] in (1, 3):
+        images = images.permute(0, 3, 1, 2)
+    elif images.ndim != 4 or shape[1] not in (1, 3):
+        raise UserError(
+            f"{where} has shape {shape}. Images are [N, H, W], [N, H, W, 1 or 3] or "
+            "[N, 1 or 3, H, W]: reshape the array and save it again"
+        )
+    if images.numel() == 0:
+        raise UserError(f"{where} has shape {shape}: there is no image in it")
+    if images.dtype == torch.bool:
+        images = images.to(torch.uint8) * 255
+    elif images.dtype != torch.uint8:
+        images = _to_floats(images, where)
+    return images.contiguous()
+
+
+def _to_floats(images: Tensor, where: str) -> Tensor:
+    """Floating point in [0, 1] -> float32. Of anything else, say what it is and how to mend it."""
+    # Converted first, because torch cannot compare all types (uint16, float8).
+    values = images.to(torch.float32 if images.is_floating_point() else torch.float64)
+    low, high = (value.item() for value in torch.aminmax(values))
+    if images.is_floating_point() and low >= 0 and high <= 1:  # false for NaN
+        return values
+    if not images.is_floating_point() and low >= 0 and high <= 255:
+        remedy = "images.astype('uint8') if 255 is white"
+    elif low != low:
+        remedy = "numpy.nan_to_num(images) if the missing values may be black"
+    elif low >= -1 and high <= 1:
+        remedy = "(images + 1) / 2 if -1 is black and 1 is white"
+    elif low >= 0 and high <= 255:
+        remedy = "images / 255 if 255 is white"
+    else:
+        remedy = "(images - low) / (high - low) with the values of black and white"
+    raise UserError(
+        f"{where} is {str(images.dtype).removeprefix('torch.')} with values from {low:.9g} to "
+        f"{high:.9g}. Images are uint8, bool, or floating point from 0 to 1, and are never "
+        f"rescaled unasked. Save them again as {remedy}"
+    )
+
+
+def _to_labels(array: NDArray[Any] | Tensor, where: str) -> Tensor:
+    """Integers [N] or [N, 1] -> int64 [N]"""
+    labels = _to_tensor(array, where)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise UserError(
+            f"{where} is {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}. Labels "
+            "are whole numbers, one to an image: save them again as an integer array [N]"
+        )
+    return labels.to(torch.int64)
+
+
+def _to_tensor(array: NDArray[Any] | Tensor, where: str) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
+    if array.dtype.kind not in "biuf":
+        raise UserError(
+            f"{where} is of type {array.dtype}. Images are uint8, bool, or floating point from "
+            "0 to 1, and labels are whole numbers"
+        )
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))

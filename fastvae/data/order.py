@@ -1,0 +1,41 @@
+"""In which order a run meets its data: a pure function of (seed, position).
+
+A position counts the samples that the run has met, over all ranks. Epoch e is the positions from
+e·N to (e+1)·N − 1, in the order of a permutation drawn from (seed, e). A batch is a range of
+positions and may begin in one epoch and end in the next, so every sample is met exactly once an
+epoch and every batch has the same size.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastvae.noise import derived_seed
+
+
+class EpochOrder:
+    """The endless sequence of sample indices that a run meets."""
+
+    def __init__(self, size: int, seed: int, device: torch.device | str = "cpu") -> None:
+        """`size`: samples in the data set. Indices are handed out on `device`."""
+        self.size = size
+        self.seed = seed
+        self.device = torch.device(device)
+        # A batch spans at most a few epochs; two permutations serve all but the tiniest data sets.
+        self._permutation = lru_cache(maxsize=2)(self._draw)
+
+    def indices(self, position: int, count: int) -> Tensor:
+        """Indices of the samples at `position` … `position + count − 1`: int64 `[count]`."""
+        pieces = []
+        while count > 0:
+            epoch, start = divmod(position, self.size)
+            piece = self._permutation(epoch)[start : start + count]
+            pieces.append(piece)
+            position += len(piece)
+            count -= len(piece)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _draw(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derived_seed("order", self.seed, epoch))
+        return torch.randperm(self.size, generator=generator).to(self.device)

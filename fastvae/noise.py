@@ -1,0 +1,30 @@
+"""Which seed a draw takes: one stream of random numbers for each purpose, all from the run's seed.
+
+Every draw is counter-based (`fastvae_kernels.normal`, `uniform`): it depends on the stream's seed,
+the global position of the row, and the place in the row. Positions in training count the samples
+met since the run began, so a step's noise is the same on any number of ranks and after a resume.
+"""
+
+import hashlib
+from typing import TypeVar
+
+from torch import Tensor
+
+Seed = TypeVar("Seed", int, Tensor)
+
+# Large constants, so that runs with neighbouring seeds never share a stream.
+LATENT = 0x243F6A8885A308D3
+OBSERVE = 0x13198A2E03707344
+PRIOR = 0x2B7E151628AED2A6
+LIKELIHOOD = 0x452821E638D01377
+
+
+def stream(seed: Seed, purpose: int) -> Seed:
+    """The seed of one purpose's stream, from an int or an int64 tensor (no host wait)."""
+    return seed ^ purpose  # type: ignore[return-value]
+
+
+def derived_seed(*names: object) -> int:
+    """A seed in [0, 2^63) that is a function of the given values, on every platform."""
+    digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
