@@ -1,9 +1,9 @@
 """fastvae: train variational autoencoders fast, and say honestly how good they are.
 
-    import fastvae
+import fastvae
 
-    vae = fastvae.VAE.from_pretrained("runs/digits-mlp")
-    images = vae.sample(64, seed=0)
+vae = fastvae.VAE.from_pretrained("runs/digits-mlp")
+images = vae.sample(64, seed=0)
 """
 
 from fastvae.errors import UserError

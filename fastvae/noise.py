@@ -6,11 +6,8 @@ met since the run began, so a step's noise is the same on any number of ranks an
 """
 
 import hashlib
-from typing import TypeVar
 
 from torch import Tensor
-
-Seed = TypeVar("Seed", int, Tensor)
 
 # Large constants, so that runs with neighbouring seeds never share a stream.
 LATENT = 0x243F6A8885A308D3
@@ -19,9 +16,9 @@ PRIOR = 0x2B7E151628AED2A6
 LIKELIHOOD = 0x452821E638D01377
 
 
-def stream(seed: Seed, purpose: int) -> Seed:
+def stream(seed: int | Tensor, purpose: int) -> int | Tensor:
     """The seed of one purpose's stream, from an int or an int64 tensor (no host wait)."""
-    return seed ^ purpose  # type: ignore[return-value]
+    return seed ^ purpose
 
 
 def derived_seed(*names: object) -> int:

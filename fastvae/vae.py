@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from fastvae_kernels import Impl
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from fastvae.parts.networks import ImageShape, pixels
 from fastvae.parts.posteriors import LatentGaussian, Posterior
 from fastvae.parts.priors import Prior
 from fastvae.parts.spec import CUSTOM, build_part, spec_of
-from fastvae_kernels import Impl
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -9,12 +9,12 @@ import math
 from typing import Literal, Protocol
 
 import torch
+from fastvae_kernels import Impl, bernoulli_nll, gaussian_nll, normal, uniform
 from torch import Tensor, nn
 
 from fastvae.errors import UserError
 from fastvae.parts.networks import pixels
 from fastvae.parts.spec import part
-from fastvae_kernels import Impl, bernoulli_nll, gaussian_nll, normal, uniform
 
 Binarize = Literal["dynamic", "static", "none"]
 
@@ -77,7 +77,9 @@ class Bernoulli(nn.Module):
     def sample(self, parameters: Tensor, seed: int | Tensor) -> Tensor:
         """Zeros and ones."""
         probability = self.mean(parameters)
-        return (uniform(tuple(probability.shape), seed, device=probability.device) < probability).float()
+        return (
+            uniform(tuple(probability.shape), seed, device=probability.device) < probability
+        ).float()
 
 
 @part("likelihood", "gaussian")

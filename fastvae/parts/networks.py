@@ -6,6 +6,7 @@ that does the same can take their place.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def _activation(name: str) -> nn.Module:
 def _mlp(sizes: tuple[int, ...], activation: str) -> nn.Sequential:
     """Linear layers of the given sizes with an activation after each."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), _activation(activation)]
     return nn.Sequential(*layers)
 
@@ -138,11 +139,9 @@ class ConvDecoder(nn.Module):
         channels = self.first_shape[0]
         for width, small, large in zip((*widths[1:], widths[-1]), sizes, sizes[1:], strict=False):
             # 2n − 1 is what a stride of 2 gives back; the padding adds the row that it lost.
-            padding = tuple(big - (2 * n - 1) for n, big in zip(small, large, strict=True))
+            padding = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
             layers += [
-                nn.ConvTranspose2d(
-                    channels, width, 3, stride=2, padding=1, output_padding=padding
-                ),
+                nn.ConvTranspose2d(channels, width, 3, stride=2, padding=1, output_padding=padding),
                 _activation(activation),
             ]
             channels = width

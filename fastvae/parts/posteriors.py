@@ -2,11 +2,11 @@
 
 from typing import NamedTuple, Protocol
 
+from fastvae_kernels import Impl
 from torch import Tensor, nn
 
 from fastvae.parts.priors import Prior
 from fastvae.parts.spec import part
-from fastvae_kernels import Impl
 
 
 class LatentGaussian(NamedTuple):

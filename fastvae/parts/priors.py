@@ -4,10 +4,10 @@ import math
 from typing import Protocol
 
 import torch
+from fastvae_kernels import Impl, normal, reparameterize_kl
 from torch import Tensor, nn
 
 from fastvae.parts.spec import part
-from fastvae_kernels import Impl, normal, reparameterize_kl
 
 
 class Prior(Protocol):

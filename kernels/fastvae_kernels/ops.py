@@ -37,12 +37,6 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _reference_grads(
-    outputs: tuple[Tensor, ...], inputs: list[Tensor], grads: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(outputs, inputs, grads)
-
-
 # ------------------------------------------------------------------------- reparameterize_kl
 
 
@@ -71,10 +65,9 @@ def reparameterize_kl_backward(
         from fastvae_kernels.triton_kernels.reparameterize_kl import backward
 
         return backward(mu, logvar, seed, offset, grad_z, grad_kl)
-    with torch.enable_grad():
-        inputs = [mu.detach().requires_grad_(), logvar.detach().requires_grad_()]
-        outputs = reference.reparameterize_kl(inputs[0], inputs[1], seed, offset)
-        grad_mu, grad_logvar = _reference_grads(outputs, inputs, (grad_z, grad_kl))
+    grad_mu, grad_logvar = reference.reparameterize_kl_backward(
+        mu, logvar, seed, offset, grad_z, grad_kl
+    )
     return grad_mu.contiguous(), grad_logvar.contiguous()
 
 
@@ -120,11 +113,7 @@ def bernoulli_nll_backward(logits: Tensor, target: Tensor, grad_nll: Tensor) -> 
         from fastvae_kernels.triton_kernels.bernoulli_nll import backward
 
         return backward(logits, target, grad_nll)
-    with torch.enable_grad():
-        inputs = [logits.detach().requires_grad_()]
-        outputs = (reference.bernoulli_nll(inputs[0], target),)
-        (grad_logits,) = _reference_grads(outputs, inputs, (grad_nll,))
-    return grad_logits.contiguous()
+    return reference.bernoulli_nll_backward(logits, target, grad_nll).contiguous()
 
 
 @bernoulli_nll_backward.register_fake
@@ -168,10 +157,7 @@ def gaussian_nll_backward(
         from fastvae_kernels.triton_kernels.gaussian_nll import backward
 
         return backward(mean, target, logvar, nll, grad_nll)
-    with torch.enable_grad():
-        inputs = [mean.detach().requires_grad_(), logvar.detach().requires_grad_()]
-        outputs = (reference.gaussian_nll(inputs[0], target, inputs[1]),)
-        grad_mean, grad_logvar = _reference_grads(outputs, inputs, (grad_nll,))
+    grad_mean, grad_logvar = reference.gaussian_nll_backward(mean, target, logvar, grad_nll)
     return grad_mean.contiguous(), grad_logvar.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""−log Bernoulli(x; sigmoid(logits)), written plainly."""
+"""−log Bernoulli(x; sigmoid(logits)), written plainly; and its gradient, for the operator."""
 
 import torch
 from torch import Tensor
@@ -18,3 +18,11 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     # three times faster than log1p(e) and differs by less than 2^-24.
     softplus_BD = torch.maximum(x_BD, x_BD.new_zeros(())) + torch.log(1.0 + torch.exp(-x_BD.abs()))
     return (softplus_BD - x_BD * t_BD).sum(1)
+
+
+def bernoulli_nll_backward(logits: Tensor, target: Tensor, grad_nll: Tensor) -> Tensor:
+    """The gradient of Σ grad_nll·nll for `logits`: grad_nll · (sigmoid(logits) − target)."""
+    x_BD = rows(widen(logits))
+    t_BD = rows(unit_interval(target, x_BD.dtype))
+    grad_logits_BD = grad_nll.unsqueeze(1) * (torch.sigmoid(x_BD) - t_BD)
+    return grad_logits_BD.to(logits.dtype).view(logits.shape)

@@ -1,4 +1,4 @@
-"""−log N(x; mean, exp(logvar)), written plainly."""
+"""−log N(x; mean, exp(logvar)), written plainly; and its gradients, for the operator."""
 
 import math
 
@@ -20,3 +20,20 @@ def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensor:
     logvar_BD = logvar if logvar.dim() == 0 else rows(logvar)
     scaled_BD = (t_BD - mean_BD).square() * torch.exp(-logvar_BD)
     return 0.5 * (scaled_BD + (logvar_BD + math.log(2 * math.pi))).sum(1)
+
+
+def gaussian_nll_backward(
+    mean: Tensor, target: Tensor, logvar: Tensor, grad_nll: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of Σ grad_nll·nll for `mean` and `logvar`."""
+    mean_BD = rows(widen(mean))
+    t_BD = rows(unit_interval(target, mean_BD.dtype))
+    logvar_BD = logvar.to(mean_BD.dtype)
+    logvar_BD = logvar_BD if logvar.dim() == 0 else rows(logvar_BD)
+    grad_nll_B1 = grad_nll.unsqueeze(1)
+    error_BD = mean_BD - t_BD
+    scaled_BD = error_BD * torch.exp(-logvar_BD)
+    grad_mean_BD = grad_nll_B1 * scaled_BD
+    grad_logvar_BD = 0.5 * grad_nll_B1 * (1.0 - error_BD * scaled_BD)
+    grad_logvar = grad_logvar_BD.sum() if logvar.dim() == 0 else grad_logvar_BD.view(mean.shape)
+    return grad_mean_BD.to(mean.dtype).view(mean.shape), grad_logvar.to(logvar.dtype)

@@ -41,7 +41,7 @@ def forward_kernel(
     first = split * columns_per_split
     nll = tl.zeros([BLOCK_R], tl.float32)
     for start in range(first, min(first + columns_per_split, D), BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
+        column = start + tl.arange(0, BLOCK_C).to(tl.int64)
         mask = (row < B)[:, None] & (column < D)[None, :]
         mean_at = row[:, None] * mean_stride_b + column[None, :] * mean_stride_d
         target_at = row[:, None] * target_stride_b + column[None, :] * target_stride_d
@@ -81,7 +81,7 @@ def backward_kernel(
     """Writes grad_mean = grad_nll·(mean − x)/σ² and, where logvar has a value for each element,
     grad_logvar = ½ grad_nll·[1 − (mean − x)²/σ²], both `[B, D]`. One tile a program."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     mask = (row < B)[:, None] & (column < D)[None, :]
     mean_at = row[:, None] * mean_stride_b + column[None, :] * mean_stride_d
     target_at = row[:, None] * target_stride_b + column[None, :] * target_stride_d

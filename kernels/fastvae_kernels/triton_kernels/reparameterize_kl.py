@@ -41,7 +41,7 @@ def forward_kernel(
     first = split * columns_per_split
     kl = tl.zeros([BLOCK_R], tl.float32)
     for start in range(first, min(first + columns_per_split, D), BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
+        column = start + tl.arange(0, BLOCK_C).to(tl.int64)
         mask = (row < B)[:, None] & (column < D)[None, :]
         mu_at = row[:, None] * mu_stride_b + column[None, :] * mu_stride_d
         logvar_at = row[:, None] * logvar_stride_b + column[None, :] * logvar_stride_d
@@ -88,7 +88,7 @@ def backward_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     position = tl.load(offset_ptr) + row
     start = tl.program_id(1) * BLOCK_C
-    column = start + tl.arange(0, BLOCK_C)
+    column = start + tl.arange(0, BLOCK_C).to(tl.int64)
     mask = (row < B)[:, None] & (column < D)[None, :]
     mu_at = row[:, None] * mu_stride_b + column[None, :] * mu_stride_d
     logvar_at = row[:, None] * logvar_stride_b + column[None, :] * logvar_stride_d
@@ -100,9 +100,10 @@ def backward_kernel(
 
     epsilon = row_normals(seed, position, start, D, BLOCK_R, BLOCK_C)
     grad_mu = grad_z + grad_kl * mu
-    # Where the KL has no weight, an overflowing σ² must not turn into 0 · inf.
-    grad_variance = tl.where(grad_kl == 0.0, 0.0, grad_kl * (tl.exp(logvar) - 1.0))
-    grad_logvar = 0.5 * (grad_z * epsilon * tl.exp(0.5 * logvar) + grad_variance)
+    # What has no weight has no gradient, also where σ overflows: 0 · ∞ must not become NaN.
+    from_z = tl.where(grad_z == 0.0, 0.0, grad_z * epsilon * tl.exp(0.5 * logvar))
+    from_kl = tl.where(grad_kl == 0.0, 0.0, grad_kl * (tl.exp(logvar) - 1.0))
+    grad_logvar = 0.5 * (from_z + from_kl)
 
     out_at = row[:, None] * D + column[None, :]
     tl.store(grad_mu_BD + out_at, grad_mu.to(grad_mu_BD.dtype.element_ty), mask=mask)

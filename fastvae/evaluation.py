@@ -1,0 +1,89 @@
+"""How good a model is on images it has not seen: sums over images on each rank, then one mean."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastvae.noise import derived_seed
+from fastvae.parts import Terms
+from fastvae.vae import VAE
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over images, in nats. `is_density` is False where nll is only a cross-entropy."""
+
+    images: int
+    nll: float
+    kl: float
+    bits_per_dim: float | None
+    is_density: bool
+
+    @property
+    def elbo(self) -> float:
+        """−(nll + kl): the ELBO, unless nll is only a cross-entropy."""
+        return -(self.nll + self.kl)
+
+    def named(self) -> dict[str, Any]:
+        """The values under their honest names (see `quantity_names`)."""
+        names = quantity_names(self.is_density)
+        values = {
+            names["elbo"]: self.elbo,
+            names["nll"]: self.nll,
+            "kl": self.kl,
+            "images": self.images,
+        }
+        if self.bits_per_dim is not None:
+            values["bits_per_dim"] = self.bits_per_dim
+        return values
+
+
+def quantity_names(is_density: bool) -> dict[str, str]:
+    """What the bound and the reconstruction term are called wherever they are shown.
+
+    A Bernoulli likelihood of grey pixels is no density: its term is a cross-entropy and the sum
+    with the KL bounds no likelihood, so neither may carry the name of what it is not.
+    """
+    if is_density:
+        return {"elbo": "elbo", "nll": "nll"}
+    return {"elbo": "cross_entropy_objective", "nll": "cross_entropy"}
+
+
+@torch.no_grad()
+def evaluate(
+    vae: VAE,
+    images: Tensor,
+    *,
+    seed: int,
+    accelerator: Accelerator | None = None,
+    batch_size: int = 500,
+) -> Evaluation:
+    """Mean nll and kl over `images` `[N, C, H, W]`, one draw of z for each.
+
+    Every image counts exactly once however many ranks share the work, and meets noise that is a
+    function of (seed, its index) alone, so that one model always gets the same figures.
+    """
+    device = next(vae.parameters()).device
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    first, last = len(images) * rank // world, len(images) * (rank + 1) // world
+    noise_seed = derived_seed("evaluation", seed)
+    was_training = vae.training
+    vae.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for start in range(first, last, batch_size):
+        batch = images[start : min(start + batch_size, last)].to(device)
+        terms: Terms = vae(batch, noise_seed, start)
+        sums += torch.stack([terms.nll.double().sum(), terms.kl.double().sum()])
+    vae.train(was_training)
+    if accelerator:
+        sums = accelerator.reduce(sums, reduction="sum")
+    nll, kl = (sums / len(images)).tolist()
+    likelihood = vae.likelihood
+    bits = (nll + kl) / (math.log(2) * math.prod(vae.image_shape)) + likelihood.bits_offset
+    return Evaluation(
+        len(images), nll, kl, bits if likelihood.is_density else None, likelihood.is_density
+    )

@@ -1,0 +1,107 @@
+"""A run's folder: where things lie in it, and how they come back."""
+
+import json
+import platform
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvae import noise
+from fastvae.config import Config, from_json
+from fastvae.data import DataConfig, ImageSet
+from fastvae.errors import UserError
+from fastvae.parts.likelihoods import binarize
+from fastvae.vae import VAE
+
+CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
+SAMPLES, RECONSTRUCTIONS, CURVES = "samples.png", "reconstructions.png", "curves.png"
+
+_PACKAGES = ("fastvae", "torch", "torchvision", "triton", "accelerate", "numpy")
+
+
+def new_run_folder(config: Config, name: str) -> Path:
+    """Make the folder of a fresh run: `config.output`, or the first free of runs/name, name-2, …
+
+    Raises UserError where `config.output` already holds a run.
+    """
+    if config.output is not None:
+        folder = config.output
+        if (folder / CONFIG).exists():
+            raise UserError(
+                f"{folder} already holds a run: continue it with --resume {folder}, "
+                "or choose another --output"
+            )
+    else:
+        folder, number = Path("runs") / name, 1
+        while folder.exists():
+            number += 1
+            folder = Path("runs") / f"{name}-{number}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run's folder {folder}: {error}") from error
+    return folder
+
+
+def read_config(run: Path) -> Config:
+    """The configuration saved in a run's folder. Raises UserError where there is none."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise UserError(f"{run} is no run's folder: it has no {CONFIG}")
+    return from_json(path.read_text(), str(path))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+
+
+def load_model(run: Path, device: str = "auto") -> VAE:
+    """The run's model, ready to use. `device` "auto" is a GPU if there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return VAE.from_pretrained(run, map_location=device)
+
+
+def data_like(run: Path) -> DataConfig:
+    """How to read other images so that the run's model can take them: its size and channels."""
+    config = read_config(run)
+    channels, height, width = VAE.from_pretrained(run).image_shape
+    return replace(config.data, image_size=(height, width), channels=1 if channels == 1 else 3)
+
+
+def prepare(images: ImageSet, config: Config) -> ImageSet:
+    """Apply what the run fixed once for each image: static binarisation."""
+    if config.model.binarization != "static":
+        return images
+    seed = noise.derived_seed("static binarisation", config.seed, images.name)
+    drawn = (binarize(images.images, seed, 0) * 255).to(torch.uint8)
+    return replace(images, images=drawn)
+
+
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Versions and hardware, for results that can be placed."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    hardware = {"device": device.type, "name": name, "processes": processes}
+    if device.type == "cpu":
+        hardware["threads"] = torch.get_num_threads()
+    return {"versions": versions, "hardware": hardware}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

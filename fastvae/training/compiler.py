@@ -1,0 +1,42 @@
+"""Whether to compile the training step."""
+
+import logging
+
+import torch
+
+from fastvae.config import Config
+from fastvae.errors import UserError
+
+# Shorter runs end sooner without the seconds that compilation takes.
+WORTHWHILE_STEPS = 3000
+
+
+def should_compile(config: Config, total_steps: int, device: torch.device) -> tuple[bool, str]:
+    """Decide, and say why in one line where "auto" decides against it (else an empty line)."""
+    if config.compile == "off":
+        return False, ""
+    if config.compile == "auto" and total_steps < WORTHWHILE_STEPS:
+        return (
+            False,
+            f"not compiled: {total_steps} steps end sooner without (or --compile on)",
+        )
+    if problem := _compiler_problem(device):
+        if config.compile == "on":
+            raise UserError(f"--compile on: torch.compile does not work here: {problem}")
+        return False, f"not compiled: torch.compile does not work here: {problem}"
+    return True, ""
+
+
+def _compiler_problem(device: torch.device) -> str:
+    """What goes wrong when the smallest function is compiled and run, or nothing."""
+    logger = logging.getLogger("torch._inductor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception as error:  # a missing compiler or header has many faces
+        cause = error.__cause__ or error
+        return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    finally:
+        logger.setLevel(level)
+    return ""

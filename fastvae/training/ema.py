@@ -1,0 +1,21 @@
+"""An exponential moving average of the weights."""
+
+import copy
+
+import torch
+
+from fastvae.vae import VAE
+
+
+class EMA:
+    """Keeps `model`, a copy of the trained one whose weights follow it slowly."""
+
+    def __init__(self, vae: VAE, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(vae).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, vae: VAE) -> None:
+        """average ← decay · average + (1 − decay) · weights."""
+        for average, weight in zip(self.model.parameters(), vae.parameters(), strict=True):
+            average.lerp_(weight, 1.0 - self.decay)

@@ -1,0 +1,398 @@
+"""A training run from its configuration to its results."""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from fastvae import figures, runs
+from fastvae.build import build_model, build_objective
+from fastvae.config import Config, OptimizerConfig, differences
+from fastvae.data import ImageSet, load_data
+from fastvae.errors import UserError
+from fastvae.evaluation import Evaluation, evaluate, quantity_names
+from fastvae.noise import derived_seed
+from fastvae.parts.networks import pixels
+from fastvae.training.checkpoint import load_checkpoint, save_checkpoint
+from fastvae.training.compiler import should_compile
+from fastvae.training.ema import EMA
+from fastvae.training.feed import Feed
+from fastvae.training.log import RunLog
+from fastvae.training.schedule import learning_rate
+from fastvae.training.step import METRICS, TrainingStep
+from fastvae.vae import VAE
+
+# What may change when a run is resumed; the rest would make it another run.
+RESUMABLE = {
+    "output", "epochs", "max_steps", "mixed_precision", "compile", "log_every", "eval_every",
+    "checkpoint_every", "tracker", "gradient_accumulation_steps", "data.data_dir", "data.download",
+}  # fmt: skip
+
+
+def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
+    """Train a model and write everything about it into a run's folder, which is returned.
+
+    Call it on every process. `name` is what a fresh run without `config.output` is called;
+    `resume` is the folder of a run to continue, whose settings `config` must share.
+    Raises UserError for whatever the user can mend, before any work where that is possible.
+    """
+    # The processes, and what each takes of a batch.
+    accelerator = _make_accelerator(config)
+    device = accelerator.device
+    part = _part_of_batch(config, accelerator.num_processes)
+    run = _open_run(config, name, resume, accelerator)
+
+    # The images.
+    with accelerator.local_main_process_first():
+        train_set, heldout_set = load_data(config.data, config.seed)
+    train_set, heldout_set = (runs.prepare(s, config) for s in (train_set, heldout_set))
+    feed = Feed(train_set, config.seed, device)
+    plan = _Plan.of(config, len(train_set))
+
+    # The model, what it maximises, and how.
+    torch.manual_seed(derived_seed("weights", config.seed))
+    vae = build_model(config.model, train_set.image_shape).to(device)
+    names = quantity_names(vae.likelihood.is_density)
+    objective = build_objective(config.objective, len(train_set))
+    optimizer = _make_optimizer(config.optimizer, vae)
+    ema = EMA(vae, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
+    final_vae = ema.model if ema else vae
+
+    # Where to begin.
+    state: dict[str, Any] = {"step": 0, "pending": [0.0] * len(METRICS), "pending_images": 0}
+    if resume:
+        state = load_checkpoint(run, vae=final_vae, trained=vae, optimizer=optimizer)
+        if state["step"] >= plan.steps:
+            raise UserError(
+                f"{run} is already at step {state['step']} of {plan.steps}: "
+                "give more --epochs or --max-steps to continue it"
+            )
+
+    # Compiled in place and before it is wrapped: autocast is inside the graph, names stay clean.
+    step_module = TrainingStep(vae, objective, config.seed).to(device)
+    compiled, remark = should_compile(config, plan.steps - state["step"], device)
+    if compiled:
+        step_module.compile(fullgraph=True, dynamic=False)
+    model, optimizer = accelerator.prepare(step_module, optimizer)
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+    log = RunLog(
+        accelerator, run, bound=names["elbo"], start_step=state["step"], total_steps=plan.steps
+    )
+    log.say(_introduction(run, train_set, heldout_set, vae, accelerator, config))
+    if remark:
+        log.say(remark)
+    sums = torch.tensor(state["pending"], dtype=torch.float64, device=device)
+    summed_images: int = state["pending_images"]
+    clock = _Clock()
+    result: Evaluation | None = None
+
+    for step in range(state["step"], plan.steps):
+        # One optimizer step over `batch_size` images, this process's in `accumulation` parts.
+        lr = learning_rate(config.optimizer, step, plan.steps, plan.steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        first = step * config.batch_size + accelerator.process_index * (
+            part * config.gradient_accumulation_steps
+        )
+        for index in range(config.gradient_accumulation_steps):
+            position = first + index * part
+            images = feed.batch(position, part)
+            with accelerator.accumulate(model):
+                loss, part_sums = model(images, torch.full((), position, device=device))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and config.optimizer.clip_norm:
+                    accelerator.clip_grad_norm_(vae.parameters(), config.optimizer.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            sums += part_sums
+        if ema:
+            ema.update(vae)
+        done = step + 1
+        summed_images += config.batch_size
+        clock.count(config.batch_size, device)
+
+        # What to say of it. The host waits for the device here and nowhere else.
+        is_last = done == plan.steps
+        evaluate_now = is_last or plan.crosses(done, config.eval_every)
+        if evaluate_now or done % config.log_every == 0:
+            means = (accelerator.reduce(sums.clone(), reduction="sum") / summed_images).tolist()
+            line = _line(done, plan, config, dict(zip(METRICS, means, strict=True)), names)
+            line |= {"lr": lr, "images_per_second": clock.rate()}
+            with clock.paused(device):
+                if evaluate_now:
+                    result = evaluate(
+                        final_vae, heldout_set.images, seed=config.seed, accelerator=accelerator
+                    )
+                    line |= {f"heldout_{k}": v for k, v in result.named().items() if k != "images"}
+                log.write(done, line)
+            sums.zero_()
+            summed_images = 0
+
+        # What to keep of it.
+        if is_last or plan.crosses(done, config.checkpoint_every):
+            with clock.paused(device):
+                pending = accelerator.reduce(sums.clone(), reduction="sum")
+                state = {
+                    "step": done,
+                    "samples": done * config.batch_size,
+                    # Kept by the first process alone, so that a resume adds them once.
+                    "pending": pending.tolist(),
+                    "pending_images": summed_images,
+                }
+                if accelerator.scaler is not None:
+                    state["scaler"] = accelerator.scaler.state_dict()
+                if accelerator.is_main_process:
+                    save_checkpoint(
+                        run, vae=final_vae, trained=vae, optimizer=optimizer.optimizer, state=state
+                    )
+
+    log.close()
+    assert result is not None  # the last step always evaluates
+    if accelerator.is_main_process:
+        _write_results(run, config, final_vae, heldout_set, result, clock, accelerator, compiled)
+        log.say(_conclusion(run, result))
+    accelerator.end_training()
+    return run
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How long the run is, in steps and samples."""
+
+    steps: int
+    samples_per_epoch: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, config: Config, samples_per_epoch: int) -> "_Plan":
+        steps = max(1, round(config.epochs * samples_per_epoch / config.batch_size))
+        return cls(min(steps, config.max_steps or steps), samples_per_epoch, config.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.samples_per_epoch / self.batch_size
+
+    def epoch(self, done: int) -> float:
+        return done * self.batch_size / self.samples_per_epoch
+
+    def crosses(self, done: int, epochs: float) -> bool:
+        """Whether step number `done` completed a multiple of so many epochs."""
+        return int(self.epoch(done) / epochs) > int(self.epoch(done - 1) / epochs)
+
+
+class _Clock:
+    """Images per second of training alone: no first step (it compiles), no evaluation."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.first_step_seconds: float | None = None
+        self.images = self.window_images = 0
+        self.seconds = 0.0
+        self.window_start = self.began
+
+    def count(self, images: int, device: torch.device) -> None:
+        if self.first_step_seconds is None:
+            _synchronize(device)
+            self.first_step_seconds = time.perf_counter() - self.began
+            self.window_start = time.perf_counter()
+            return
+        self.window_images += images
+
+    def rate(self) -> float:
+        """Images per second since the last call, to be asked when the host has just waited."""
+        now = time.perf_counter()
+        seconds, images = now - self.window_start, self.window_images
+        self.seconds += seconds
+        self.images += images
+        self.window_start, self.window_images = now, 0
+        return round(images / seconds, 1) if images else 0.0
+
+    def overall(self) -> float:
+        return round(self.images / self.seconds, 1) if self.images else 0.0
+
+    def paused(self, device: torch.device) -> "_Pause":
+        return _Pause(self, device)
+
+
+class _Pause:
+    """Leaves what happens inside out of a clock."""
+
+    def __init__(self, clock: _Clock, device: torch.device) -> None:
+        self.clock, self.device = clock, device
+
+    def __enter__(self) -> None:
+        _synchronize(self.device)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        _synchronize(self.device)
+        self.clock.window_start += time.perf_counter() - self.start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _make_accelerator(config: Config) -> Accelerator:
+    if config.tracker != "none" and find_spec(config.tracker) is None:
+        raise UserError(
+            f"--tracker {config.tracker} is not installed: pip install 'fastvae[{config.tracker}]'"
+        )
+    precision = None if config.mixed_precision == "auto" else config.mixed_precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=None if config.tracker == "none" else config.tracker,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
+        )
+    except ValueError as error:
+        raise UserError(f"mixed precision: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
+    return accelerator
+
+
+def _part_of_batch(config: Config, processes: int) -> int:
+    """Images in one forward pass of one process."""
+    parts = processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        below = config.batch_size // parts * parts
+        fits = " or ".join(str(n) for n in (below, below + parts) if n > 0)
+        raise UserError(
+            f"--batch-size {config.batch_size} does not divide among {processes} processes × "
+            f"{config.gradient_accumulation_steps} accumulation steps; {fits} does"
+        )
+    return config.batch_size // parts
+
+
+def _open_run(config: Config, name: str, resume: Path | None, accelerator: Accelerator) -> Path:
+    """Make or check the run's folder on the main process, and tell the others which it is."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = _checked_folder(config, name, resume)
+        except UserError as error:
+            answer[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    run, problem = answer
+    if problem:
+        raise UserError(problem)
+    if config.tracker != "none":
+        accelerator.project_configuration.set_directories(str(run))
+        accelerator.init_trackers("fastvae", config={"run": run.name, "config": config.to_json()})
+    return run
+
+
+def _checked_folder(config: Config, name: str, resume: Path | None) -> Path:
+    if resume is None:
+        run = runs.new_run_folder(config, name)
+    else:
+        run = resume
+        changed = {
+            key: values
+            for key, values in differences(runs.read_config(run), config).items()
+            if key not in RESUMABLE
+        }
+        if changed:
+            listed = "\n".join(
+                f"  {k}: {old} in the run, {new} now" for k, (old, new) in changed.items()
+            )
+            raise UserError(f"{run} was started with other settings:\n{listed}\nStart a new run.")
+    (run / runs.CONFIG).write_text(replace(config, output=run).to_json())
+    return run
+
+
+def _make_optimizer(config: OptimizerConfig, vae: VAE) -> torch.optim.Optimizer:
+    cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return cls(
+        vae.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _line(
+    done: int, plan: _Plan, config: Config, means: dict[str, float], names: dict[str, str]
+) -> dict[str, Any]:
+    """The training part of a line of metrics.jsonl: the loss, and beside it the bound itself."""
+    return {
+        "step": done,
+        "epoch": round(plan.epoch(done), 4),
+        "samples": done * config.batch_size,
+        "loss": means["loss"],
+        names["elbo"]: -(means["nll"] + means["kl"]),
+        names["nll"]: means["nll"],
+        "kl": means["kl"],
+    }
+
+
+def _introduction(
+    run: Path,
+    train_set: ImageSet,
+    heldout_set: ImageSet,
+    vae: VAE,
+    accelerator: Accelerator,
+    config: Config,
+) -> str:
+    shape = "×".join(map(str, vae.image_shape))
+    weights = sum(p.numel() for p in vae.parameters())
+    return (
+        f"{run}: {len(train_set)} images {shape} to train on ({train_set.name}), "
+        f"{len(heldout_set)} held out; {weights:,} weights; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}, batch {config.batch_size}"
+    )
+
+
+def _conclusion(run: Path, result: Evaluation) -> str:
+    values = ", ".join(f"{k} {v:.2f}" for k, v in result.named().items() if k != "images")
+    pictures = f"{runs.SAMPLES}, {runs.RECONSTRUCTIONS}, {runs.CURVES}"
+    return (
+        f"held out ({result.images} images, nats): {values}\n"
+        f"results: {run}/ ({pictures}, {runs.RESULTS}, {runs.METRICS}, checkpoint/)"
+    )
+
+
+@torch.no_grad()
+def _write_results(
+    run: Path,
+    config: Config,
+    vae: VAE,
+    heldout_set: ImageSet,
+    result: Evaluation,
+    clock: _Clock,
+    accelerator: Accelerator,
+    compiled: bool,
+) -> None:
+    vae.eval()
+    figures.save_grid(vae.sample(64, seed=config.seed), run / runs.SAMPLES, columns=8)
+    originals: Tensor = heldout_set.images[:64].to(accelerator.device)
+    figures.save_pairs(pixels(originals), vae.reconstruct(originals), run / runs.RECONSTRUCTIONS)
+    names = quantity_names(vae.likelihood.is_density)
+    figures.save_curves(runs.read_metrics(run), names, run / runs.CURVES)
+    results = {
+        "heldout": result.named(),
+        "units": "nats per image, means over held-out images; bits_per_dim in bits",
+        "images_per_second": clock.overall(),
+        "seconds_to_first_step": round(clock.first_step_seconds or 0.0, 2),
+        "mixed_precision": accelerator.mixed_precision,
+        "compiled": compiled,
+        **runs.environment(accelerator.device, accelerator.num_processes),
+    }
+    if not result.is_density:
+        results["note"] = (
+            "binarize none: a cross-entropy of grey pixels, which bounds no likelihood"
+        )
+    (run / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n")
