@@ -15,7 +15,7 @@ def build_model(config: ModelConfig, image_shape: ImageShape) -> VAE:
     back_widths = {"widths": config.widths[::-1]} if config.network == "conv" else {}
     likelihoods: dict[str, dict[str, Any]] = {
         "bernoulli": {"binarize": config.binarization},
-        "gaussian": {"variance": config.variance, "learned": config.learn_variance},
+        "gaussian": {} if config.variance == "learned" else {"variance": config.variance},
     }
     spec = {
         "image_shape": image_shape,

@@ -40,10 +40,8 @@ class ModelConfig:
     """How grey pixels become binary for a Bernoulli likelihood: fresh draws each time an image is
     met, one draw for the whole run, or not at all (what is then reported is a cross-entropy and
     no ELBO). auto: dynamic for bernoulli, none for gaussian."""
-    variance: float = 0.1
-    """σ² of the gaussian likelihood, or where it starts if it is learned."""
-    learn_variance: bool = False
-    """Learn the σ² of the gaussian likelihood with the weights."""
+    variance: Literal["learned"] | float = "learned"
+    """σ² of the gaussian likelihood: a number, or learned with the weights (gaussian only)."""
 
     def __post_init__(self) -> None:
         _require(self.latent_dim >= 1, "latent-dim", "at least 1", self.latent_dim)
@@ -52,7 +50,12 @@ class ModelConfig:
         _require(
             self.network != "conv" or len(self.widths) > 0, "widths", "one or more sizes", "none"
         )
-        _require(0 < self.variance < float("inf"), "variance", "positive", self.variance)
+        _require(
+            self.variance == "learned" or 0 < self.variance < float("inf"),
+            "variance",
+            "learned or a positive number",
+            self.variance,
+        )
         _require(
             self.activation in ACTIVATIONS, "activation", ", ".join(ACTIVATIONS), self.activation
         )
@@ -61,12 +64,6 @@ class ModelConfig:
             "binarize",
             "auto or none with --likelihood gaussian (its pixels are not binary)",
             self.binarize,
-        )
-        _require(
-            self.likelihood == "gaussian" or not self.learn_variance,
-            "learn-variance",
-            "off with --likelihood bernoulli (it has no variance)",
-            "on",
         )
 
     @property

@@ -7,14 +7,14 @@ from fastvae.data import DataConfig
 from fastvae.errors import UserError
 
 # fmt: off
-_COLUMNS = (              "data",          "network", "hidden",   "widths",       "latent_dim", "likelihood", "learn_variance", "learning_rate", "schedule", "batch_size", "epochs")  # noqa: E501
+_COLUMNS = (              "data",          "network", "hidden",   "widths",       "latent_dim", "likelihood", "learning_rate", "schedule", "batch_size", "epochs", "eval_every", "checkpoint_every")  # noqa: E501
 _ROWS = {
-    "digits-mlp":         ("digits",        "mlp",    (256, 256), (32, 64),       8,            "gaussian",   True,             2e-3,            "cosine",   128,          200.0),  # noqa: E501
-    "digits-conv":        ("digits",        "conv",   (128,),     (32, 64),       8,            "gaussian",   True,             2e-3,            "cosine",   128,          100.0),  # noqa: E501
-    "mnist-mlp":          ("mnist",         "mlp",    (400, 400), (32, 64),       20,           "bernoulli",  False,            1e-3,            "constant", 128,          10.0),  # noqa: E501
-    "mnist-conv":         ("mnist",         "conv",   (256,),     (32, 64),       20,           "bernoulli",  False,            1e-3,            "constant", 128,          10.0),  # noqa: E501
-    "fashion-mnist-conv": ("fashion-mnist", "conv",   (256,),     (32, 64),       20,           "gaussian",   True,             1e-3,            "constant", 128,          20.0),  # noqa: E501
-    "cifar10-conv":       ("cifar10",       "conv",   (512,),     (64, 128, 256), 128,          "gaussian",   True,             5e-4,            "cosine",   128,          30.0),  # noqa: E501
+    "digits-mlp":         ("digits",        "mlp",    (256, 256), (32, 64),       8,            "gaussian",   2e-3,            "cosine",   128,          200.0,    10.0,         10.0),  # noqa: E501
+    "digits-conv":        ("digits",        "conv",   (128,),     (32, 64),       8,            "gaussian",   2e-3,            "cosine",   128,          100.0,    10.0,         10.0),  # noqa: E501
+    "mnist-mlp":          ("mnist",         "mlp",    (400, 400), (32, 64),       20,           "bernoulli",  1e-3,            "constant", 128,          10.0,     1.0,          1.0),  # noqa: E501
+    "mnist-conv":         ("mnist",         "conv",   (256,),     (32, 64),       20,           "bernoulli",  1e-3,            "constant", 128,          10.0,     1.0,          1.0),  # noqa: E501
+    "fashion-mnist-conv": ("fashion-mnist", "conv",   (256,),     (32, 64),       20,           "gaussian",   1e-3,            "constant", 128,          20.0,     1.0,          1.0),  # noqa: E501
+    "cifar10-conv":       ("cifar10",       "conv",   (512,),     (64, 128, 256), 128,          "gaussian",   5e-4,            "cosine",   128,          30.0,     1.0,          1.0),  # noqa: E501
 }
 # fmt: on
 
@@ -35,9 +35,7 @@ def preset(name: str) -> Config:
 
     return Config(
         data=DataConfig(**take("data")),
-        model=ModelConfig(
-            **take("network", "hidden", "widths", "latent_dim", "likelihood", "learn_variance")
-        ),
+        model=ModelConfig(**take("network", "hidden", "widths", "latent_dim", "likelihood")),
         optimizer=OptimizerConfig(**take("learning_rate", "schedule")),
-        **take("batch_size", "epochs"),
+        **take("batch_size", "epochs", "eval_every", "checkpoint_every"),
     )

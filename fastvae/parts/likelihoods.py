@@ -94,17 +94,16 @@ class Gaussian(nn.Module):
     is_density = True
     bits_offset = 8.0
 
-    def __init__(self, variance: float = 0.1, learned: bool = False) -> None:
-        """`variance`: σ², or where it starts if it is learned."""
+    def __init__(self, variance: float | Literal["learned"] = "learned") -> None:
+        """`variance`: σ² on the [0, 1] scale, or "learned" with the weights (from 0.1)."""
         super().__init__()
-        if not (math.isfinite(variance) and variance > 0):
-            raise UserError(f"the variance of a Gaussian likelihood is positive, got {variance}")
-        logvar = torch.tensor(math.log(variance))
         self.logvar: Tensor
-        if learned:
-            self.logvar = nn.Parameter(logvar)
+        if variance == "learned":
+            self.logvar = nn.Parameter(torch.tensor(math.log(0.1)))
+        elif math.isfinite(variance) and variance > 0:
+            self.register_buffer("logvar", torch.tensor(math.log(variance)))
         else:
-            self.register_buffer("logvar", logvar)
+            raise UserError(f"variance is positive or 'learned', got {variance}")
 
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""

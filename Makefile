@@ -1,0 +1,51 @@
+# Everything below sets itself up in .venv and writes inside this folder only (and pip's cache).
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+CACHE := $(CURDIR)/.cache
+THREADS := $(shell nproc 2>/dev/null || echo 1)
+
+export HF_HOME := $(CACHE)/huggingface
+export MPLCONFIGDIR := $(CACHE)/matplotlib
+export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor
+export TRITON_CACHE_DIR := $(CACHE)/triton
+export TMPDIR := $(CACHE)/tmp
+
+# One process, on the GPU if there is one. Every value is given, so that nothing is warned of.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
+
+.PHONY: train test test-slow lint bench bench-gpu clean
+
+train: $(READY)  ## train on the embedded digits; ARGS="--preset mnist-mlp --download" for others
+	$(LAUNCH) launch/train.py $(ARGS)
+
+test: $(READY)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: $(READY)  ## the slow tests alone
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## throughput of each operator and of a training step
+	$(BIN)/python -m pytest -q bench $(ARGS)
+
+bench-gpu: $(READY)  ## parity and every benchmark on a GPU, into bench/results/
+	$(BIN)/python bench/gpu.py $(ARGS)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastvae needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@mkdir -p $(TMPDIR)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:  ## remove the environment and all caches; runs/ stays
+	rm -rf .venv .cache build *.egg-info
