@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":  # one message, not one for each process
             print(f"fastvae {arguments[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"fastvae {arguments[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _usage(arguments: Sequence[str]) -> None:

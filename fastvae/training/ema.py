@@ -15,7 +15,12 @@ class EMA:
         self.model = copy.deepcopy(vae).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, vae: VAE) -> None:
-        """average ← decay · average + (1 − decay) · weights."""
+    def update(self, vae: VAE, step: int) -> None:
+        """average ← decay · average + (1 − decay) · weights, after step `step` (from 0).
+
+        Early on the decay is (1 + step) / (10 + step), so that a short run's average is not still
+        its first weights.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step))
         for average, weight in zip(self.model.parameters(), vae.parameters(), strict=True):
-            average.lerp_(weight, 1.0 - self.decay)
+            average.lerp_(weight, 1.0 - decay)

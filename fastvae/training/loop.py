@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 
 from fastvae import figures, runs
@@ -115,7 +115,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
                 optimizer.zero_grad(set_to_none=True)
             sums += part_sums
         if ema:
-            ema.update(vae)
+            ema.update(vae, step)
         done = step + 1
         summed_images += config.batch_size
         clock.count(config.batch_size, device)
@@ -254,6 +254,8 @@ def _make_accelerator(config: Config) -> Accelerator:
             mixed_precision=precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.tracker == "none" else config.tracker,
+            # The trackers' folder is the run's, which is made once all else is known to be right.
+            project_config=ProjectConfiguration(project_dir=".", logging_dir="."),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
             ],
@@ -292,7 +294,7 @@ def _open_run(config: Config, name: str, resume: Path | None, accelerator: Accel
     if problem:
         raise UserError(problem)
     if config.tracker != "none":
-        accelerator.project_configuration.set_directories(str(run))
+        accelerator.project_configuration.logging_dir = str(run)
         accelerator.init_trackers("fastvae", config={"run": run.name, "config": config.to_json()})
     return run
 
