@@ -85,7 +85,12 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.beta < float("inf"), "beta", "0 or more", self.beta)
-        _require(self.kl_warmup_epochs >= 0, "kl-warmup-epochs", "0 or more", self.kl_warmup_epochs)
+        _require(
+            0 <= self.kl_warmup_epochs < float("inf"),
+            "kl-warmup-epochs",
+            "0 or more",
+            self.kl_warmup_epochs,
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,9 @@ class OptimizerConfig:
         _require(
             0 < self.learning_rate < float("inf"), "learning-rate", "positive", self.learning_rate
         )
-        _require(self.weight_decay >= 0, "weight-decay", "0 or more", self.weight_decay)
+        _require(
+            0 <= self.weight_decay < float("inf"), "weight-decay", "0 or more", self.weight_decay
+        )
         _require(self.lr_warmup_steps >= 0, "lr-warmup-steps", "0 or more", self.lr_warmup_steps)
         _require(self.lr_step_epochs > 0, "lr-step-epochs", "positive", self.lr_step_epochs)
         _require(0 < self.lr_step_factor <= 1, "lr-step-factor", "in (0, 1]", self.lr_step_factor)
@@ -158,7 +165,7 @@ class Config:
     """Send the metrics to a tracker as well (installed by the extra of the same name)."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, "epochs", "positive", self.epochs)
+        _require(0 < self.epochs < float("inf"), "epochs", "positive", self.epochs)
         _require(
             self.max_steps is None or self.max_steps > 0, "max-steps", "positive", self.max_steps
         )
@@ -189,7 +196,8 @@ def from_json(text: str, source: str) -> Config:
     Raises UserError naming `source` and every unknown field or value that is not allowed.
     """
     try:
-        return TypeAdapter(Config).validate_python(json.loads(text))
+        json.loads(text)  # names the place of a mistake better
+        return TypeAdapter(Config).validate_json(text, strict=True)
     except json.JSONDecodeError as error:
         raise UserError(f"{source} is not JSON: {error}") from error
     except ValidationError as error:

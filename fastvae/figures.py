@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from fastvae.errors import UserError
+
 # Small images are enlarged by a whole factor until a tile is at least this wide.
 TILE_PIXELS = 48
 
@@ -15,7 +17,10 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     images = images.detach().float().cpu().clamp(0, 1)
     scale = max(1, -(-TILE_PIXELS // images.shape[-1]))
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    save_image(make_grid(images, nrow=columns, padding=2, pad_value=0.5), path)
+    try:
+        save_image(make_grid(images, nrow=columns, padding=2, pad_value=0.5), path)
+    except (OSError, ValueError) as error:  # a folder, or an ending that is no format
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def save_pairs(originals: Tensor, reconstructions: Tensor, path: Path, columns: int = 8) -> None:

@@ -9,6 +9,8 @@ import hashlib
 
 from torch import Tensor
 
+from fastvae.errors import UserError
+
 # Large constants, so that runs with neighbouring seeds never share a stream.
 LATENT = 0x243F6A8885A308D3
 OBSERVE = 0x13198A2E03707344
@@ -18,6 +20,8 @@ LIKELIHOOD = 0x452821E638D01377
 
 def stream(seed: int | Tensor, purpose: int) -> int | Tensor:
     """The seed of one purpose's stream, from an int or an int64 tensor (no host wait)."""
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise UserError(f"a seed lies in [-2^63, 2^63), got {seed}")
     return seed ^ purpose
 
 

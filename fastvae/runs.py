@@ -63,6 +63,11 @@ def load_model(run: Path, device: str = "auto") -> VAE:
     """The run's model, ready to use. `device` "auto" is a GPU if there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used here: {reason}") from error
     return VAE.from_pretrained(run, map_location=device)
 
 

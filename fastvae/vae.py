@@ -1,12 +1,14 @@
 """The model: one final class composed of parts."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from fastvae_kernels import Impl
 from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -190,6 +192,32 @@ class VAE(
         save_file(state, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> "VAE":
+        """Load a model from a run's folder, a folder that was saved, or a name on the Hub.
+
+        `options` are those of `_from_pretrained` and huggingface_hub's own (`revision`, `token`,
+        …). Raises UserError where there is no model, a damaged one, or one of other parts.
+        """
+        name = str(pretrained_model_name_or_path)
+        # A mistyped path deserves its answer at once, not after a wait for the Hub.
+        on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+        if not Path(name).is_dir() and not (on_hub and not Path(name).parent.is_dir()):
+            raise UserError(
+                f"there is no folder {name} (a name on the Hugging Face Hub has the form "
+                "owner/name, and the owner is no folder here)"
+            )
+        try:
+            return super().from_pretrained(name, **options)
+        except json.JSONDecodeError as error:
+            raise UserError(f"the {CONFIG_NAME} of {name} is damaged: {error}") from error
+        except OSError as error:  # what huggingface_hub raises is one, too
+            where = "" if Path(name).is_dir() else "there is no such folder, and from the Hub "
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{name}: {where}no model could be read: {reason}") from error
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,
@@ -231,7 +259,13 @@ class VAE(
             )
 
         vae = build_vae(json.loads(fetch(CONFIG_NAME).read_text()), **parts_only(parts))
-        vae.load_state_dict(load_file(fetch(WEIGHTS_NAME)))
+        weights = fetch(WEIGHTS_NAME)
+        try:
+            vae.load_state_dict(load_file(weights))
+        except SafetensorError as error:
+            raise UserError(f"{weights} is damaged: {error}") from error
+        except RuntimeError as error:
+            raise UserError(f"{weights} holds the weights of another model: {error}") from error
         return vae.to(map_location).eval()
 
 

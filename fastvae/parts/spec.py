@@ -47,8 +47,10 @@ def part(kind: str, name: str) -> Callable[[PartClass], PartClass]:
 
 def spec_of(module: nn.Module) -> dict[str, Any]:
     """The spec of a registered part, or a note of what a custom module was."""
-    custom = {"name": CUSTOM, "class": f"{type(module).__module__}.{type(module).__qualname__}"}
-    return getattr(module, "spec", custom)
+    # A subclass of a registered part is another part: its spec would build the wrong one.
+    if any(type(module) in parts.values() for parts in _REGISTRY.values()):
+        return module.spec  # type: ignore[return-value]
+    return {"name": CUSTOM, "class": f"{type(module).__module__}.{type(module).__qualname__}"}
 
 
 def build_part(kind: str, spec: dict[str, Any]) -> nn.Module:

@@ -9,8 +9,9 @@ place and moved there by renaming, so that a crash leaves the previous one.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastvae.errors import UserError
-from fastvae.vae import VAE
+from fastvae.vae import VAE, WEIGHTS_NAME
+
+Contents = TypeVar("Contents")
 
 FOLDER = "checkpoint"
 TRAINING_NAME = "training.safetensors"
@@ -68,12 +71,9 @@ def load_checkpoint(
         folder = run / f".{FOLDER}.old"
     if not (folder / STATE_NAME).is_file():
         raise UserError(f"{run} has no checkpoint to resume from; start it without --resume")
-    try:
-        state = json.loads((folder / STATE_NAME).read_text())
-        tensors = load_file(folder / TRAINING_NAME)
-        weights = load_file(folder / "model.safetensors")
-    except (json.JSONDecodeError, SafetensorError, OSError) as error:
-        raise UserError(f"the checkpoint {folder} is damaged: {error}") from error
+    state = _read(folder / STATE_NAME, lambda file: json.loads(file.read_text()))
+    tensors = _read(folder / TRAINING_NAME, load_file)
+    weights = _read(folder / WEIGHTS_NAME, load_file)
     if state.get("format") != FORMAT:
         raise UserError(
             f"the checkpoint {folder} has format {state.get('format')}, this version reads {FORMAT}"
@@ -84,6 +84,13 @@ def load_checkpoint(
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the checkpoint {folder} is of another model: {error}") from error
     return state
+
+
+def _read(file: Path, read: Callable[[Path], Contents]) -> Contents:
+    try:
+        return read(file)
+    except (SafetensorError, OSError, ValueError) as error:  # JSON's and Unicode's are ValueErrors
+        raise UserError(f"the checkpoint is damaged, {file} cannot be read: {error}") from error
 
 
 def _training_tensors(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

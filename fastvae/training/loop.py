@@ -1,7 +1,6 @@
 """A training run from its configuration to its results."""
 
 import json
-import time
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastvae.evaluation import Evaluation, evaluate, quantity_names
 from fastvae.noise import derived_seed
 from fastvae.parts.networks import pixels
 from fastvae.training.checkpoint import load_checkpoint, save_checkpoint
+from fastvae.training.clock import Clock
 from fastvae.training.compiler import should_compile
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
@@ -92,7 +92,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
         log.say(remark)
     sums = torch.tensor(state["pending"], dtype=torch.float64, device=device)
     summed_images: int = state["pending_images"]
-    clock = _Clock()
+    clock = Clock()
     result: Evaluation | None = None
 
     for step in range(state["step"], plan.steps):
@@ -187,60 +187,6 @@ class _Plan:
     def crosses(self, done: int, epochs: float) -> bool:
         """Whether step number `done` completed a multiple of so many epochs."""
         return int(self.epoch(done) / epochs) > int(self.epoch(done - 1) / epochs)
-
-
-class _Clock:
-    """Images per second of training alone: no first step (it compiles), no evaluation."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.first_step_seconds: float | None = None
-        self.images = self.window_images = 0
-        self.seconds = 0.0
-        self.window_start = self.began
-
-    def count(self, images: int, device: torch.device) -> None:
-        if self.first_step_seconds is None:
-            _synchronize(device)
-            self.first_step_seconds = time.perf_counter() - self.began
-            self.window_start = time.perf_counter()
-            return
-        self.window_images += images
-
-    def rate(self) -> float:
-        """Images per second since the last call, to be asked when the host has just waited."""
-        now = time.perf_counter()
-        seconds, images = now - self.window_start, self.window_images
-        self.seconds += seconds
-        self.images += images
-        self.window_start, self.window_images = now, 0
-        return round(images / seconds, 1) if images else 0.0
-
-    def overall(self) -> float:
-        return round(self.images / self.seconds, 1) if self.images else 0.0
-
-    def paused(self, device: torch.device) -> "_Pause":
-        return _Pause(self, device)
-
-
-class _Pause:
-    """Leaves what happens inside out of a clock."""
-
-    def __init__(self, clock: _Clock, device: torch.device) -> None:
-        self.clock, self.device = clock, device
-
-    def __enter__(self) -> None:
-        _synchronize(self.device)
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        _synchronize(self.device)
-        self.clock.window_start += time.perf_counter() - self.start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _make_accelerator(config: Config) -> Accelerator:
@@ -374,7 +320,7 @@ def _write_results(
     vae: VAE,
     heldout_set: ImageSet,
     result: Evaluation,
-    clock: _Clock,
+    clock: Clock,
     accelerator: Accelerator,
     compiled: bool,
 ) -> None:

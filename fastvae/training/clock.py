@@ -1,0 +1,59 @@
+"""How fast training goes."""
+
+import time
+
+import torch
+
+
+class Clock:
+    """Images per second of training alone: no first step (it compiles), no evaluation."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.first_step_seconds: float | None = None
+        self.images = self.window_images = 0
+        self.seconds = 0.0
+        self.window_start = self.began
+
+    def count(self, images: int, device: torch.device) -> None:
+        if self.first_step_seconds is None:
+            _synchronize(device)
+            self.first_step_seconds = time.perf_counter() - self.began
+            self.window_start = time.perf_counter()
+            return
+        self.window_images += images
+
+    def rate(self) -> float:
+        """Images per second since the last call, to be asked when the host has just waited."""
+        now = time.perf_counter()
+        seconds, images = now - self.window_start, self.window_images
+        self.seconds += seconds
+        self.images += images
+        self.window_start, self.window_images = now, 0
+        return round(images / seconds, 1) if images else 0.0
+
+    def overall(self) -> float:
+        return round(self.images / self.seconds, 1) if self.images else 0.0
+
+    def paused(self, device: torch.device) -> "_Pause":
+        return _Pause(self, device)
+
+
+class _Pause:
+    """Leaves what happens inside out of a clock."""
+
+    def __init__(self, clock: Clock, device: torch.device) -> None:
+        self.clock, self.device = clock, device
+
+    def __enter__(self) -> None:
+        _synchronize(self.device)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        _synchronize(self.device)
+        self.clock.window_start += time.perf_counter() - self.start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
