@@ -151,7 +151,7 @@ def uniform(
 def _draw(draw, shape, seed, offset, device) -> Tensor:  # type: ignore[no-untyped-def]
     if len(shape) == 0:
         raise ValueError("shape needs a first dimension of rows, got ()")
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors have it
     columns = 1
     for size in shape[1:]:
         columns *= size

@@ -1,4 +1,4 @@
-"""−log Bernoulli(x; sigmoid(logits)), written plainly; and its gradient, for the operator."""
+"""−log Bernoulli(x; sigmoid(logits)), written plainly; and the operator's gradient."""
 
 import torch
 from torch import Tensor

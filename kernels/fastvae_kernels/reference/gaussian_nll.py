@@ -1,4 +1,4 @@
-"""−log N(x; mean, exp(logvar)), written plainly; and its gradients, for the operator."""
+"""−log N(x; mean, exp(logvar)), written plainly; and the operator's gradients."""
 
 import math
 
@@ -18,8 +18,8 @@ def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensor:
     t_BD = rows(unit_interval(target, mean_BD.dtype))
     logvar = logvar.to(mean_BD.dtype)
     logvar_BD = logvar if logvar.dim() == 0 else rows(logvar)
-    scaled_BD = (t_BD - mean_BD).square() * torch.exp(-logvar_BD)
-    return 0.5 * (scaled_BD + (logvar_BD + math.log(2 * math.pi))).sum(1)
+    standard_BD = _standardized(t_BD - mean_BD, logvar_BD)[0]
+    return 0.5 * (standard_BD.square() + (logvar_BD + math.log(2 * math.pi))).sum(1)
 
 
 def gaussian_nll_backward(
@@ -31,9 +31,17 @@ def gaussian_nll_backward(
     logvar_BD = logvar.to(mean_BD.dtype)
     logvar_BD = logvar_BD if logvar.dim() == 0 else rows(logvar_BD)
     grad_nll_B1 = grad_nll.unsqueeze(1)
-    error_BD = mean_BD - t_BD
-    scaled_BD = error_BD * torch.exp(-logvar_BD)
-    grad_mean_BD = grad_nll_B1 * scaled_BD
-    grad_logvar_BD = 0.5 * grad_nll_B1 * (1.0 - error_BD * scaled_BD)
+    standard_BD, inverse_sigma_BD = _standardized(mean_BD - t_BD, logvar_BD)
+    grad_mean_BD = grad_nll_B1 * (standard_BD * inverse_sigma_BD)
+    grad_logvar_BD = 0.5 * grad_nll_B1 * (1.0 - standard_BD.square())
     grad_logvar = grad_logvar_BD.sum() if logvar.dim() == 0 else grad_logvar_BD.view(mean.shape)
     return grad_mean_BD.to(mean.dtype).view(mean.shape), grad_logvar.to(logvar.dtype)
+
+
+def _standardized(error_BD: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """error / σ and 1 / σ. Divided before it is squared, since 1/σ² overflows long before; and
+    where there is no error, σ = 1 does as well as a σ whose inverse overflows."""
+    if logvar.dim() > 0:
+        logvar = torch.where(error_BD == 0, 0.0, logvar)
+    inverse_sigma = torch.exp(-0.5 * logvar)
+    return error_BD * inverse_sigma, inverse_sigma

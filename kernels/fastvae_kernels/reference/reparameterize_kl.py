@@ -1,4 +1,4 @@
-"""z = μ + σ ε and KL(N(μ, σ²) ‖ N(0, I)), written plainly; and their gradients, for the operator."""
+"""z = μ + σ ε and KL(N(μ, σ²) ‖ N(0, I)), written plainly; and the operator's gradients."""
 
 import torch
 from torch import Tensor

@@ -56,3 +56,10 @@ def softplus_and_sigmoid(x):
     softplus = tl.maximum(x, 0.0) + tl.log(1.0 + e)
     sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
     return softplus, sigmoid
+
+
+@triton.jit
+def standardized(error, logvar):
+    """error / σ and 1 / σ, as `fastvae_kernels.reference.gaussian_nll._standardized` does."""
+    inverse_sigma = tl.exp(-0.5 * tl.where(error == 0.0, 0.0, logvar))
+    return error * inverse_sigma, inverse_sigma

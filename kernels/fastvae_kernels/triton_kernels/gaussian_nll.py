@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae_kernels.triton_kernels.device_math import standardized
 from fastvae_kernels.triton_kernels.launch import OPTIONS, on_device, readable, rows, tiling
 
 LOG_2PI = tl.constexpr(1.8378770664093453)
@@ -50,8 +51,8 @@ def forward_kernel(
         t = tl.load(target_BD + target_at, mask=mask, other=0).to(tl.float32) * TARGET_SCALE
         logvar = tl.load(logvar_BD + logvar_at, mask=mask, other=0.0).to(tl.float32)
 
-        error = t - mean
-        element = error * error * tl.exp(-logvar) + (logvar + LOG_2PI)
+        standard, _ = standardized(t - mean, logvar)
+        element = standard * standard + (logvar + LOG_2PI)
         nll += tl.sum(tl.where(mask, element, 0.0), axis=1)
     tl.store(nll_BS + row * tl.num_programs(1) + split, 0.5 * nll, mask=row < B)
 
@@ -91,13 +92,12 @@ def backward_kernel(
     logvar = tl.load(logvar_BD + logvar_at, mask=mask, other=0.0).to(tl.float32)
     grad_nll = tl.load(grad_nll_B + row * grad_nll_stride_b, mask=row < B, other=0.0)[:, None]
 
-    error = mean - t
-    scaled = error * tl.exp(-logvar)
+    standard, inverse_sigma = standardized(mean - t, logvar)
     out_at = row[:, None] * D + column[None, :]
-    grad_mean = grad_nll * scaled
+    grad_mean = grad_nll * (standard * inverse_sigma)
     tl.store(grad_mean_BD + out_at, grad_mean.to(grad_mean_BD.dtype.element_ty), mask=mask)
     if WRITE_GRAD_LOGVAR:
-        grad_logvar = 0.5 * grad_nll * (1.0 - error * scaled)
+        grad_logvar = 0.5 * grad_nll * (1.0 - standard * standard)
         tl.store(
             grad_logvar_BD + out_at, grad_logvar.to(grad_logvar_BD.dtype.element_ty), mask=mask
         )

@@ -1,0 +1,235 @@
+"""Every kernel compiled for Ampere, Hopper and Blackwell, on a machine that may have none of them.
+
+What a compiler says of a kernel needs no GPU: whether it compiles, whether registers spill, and
+whether memory is read and written 128 bits at a time, which decides its speed.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from kernel_cases import INTERPRETING
+
+if INTERPRETING:
+    pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+nvidia = pytest.importorskip("triton.backends.nvidia.compiler")
+
+from fastvae_kernels import triton_kernels  # noqa: E402
+from fastvae_kernels.triton_kernels import device_math, launch  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime import JITFunction  # noqa: E402
+
+ARCHITECTURES = [80, 90, 100]
+DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
+# (batch, columns): many rows in a tile, and a tile that is a part of a row.
+SIZES = [(4096, 64), (512, 4096)]
+
+
+@dataclass
+class Kernel:
+    """`reads` and `writes`: the floating `[B, D]` operands. `others`: further pointers, by type."""
+
+    reads: list[str]
+    writes: list[str]
+    others: dict[str, str]
+    constants: dict[str, object] = field(default_factory=dict)
+
+
+SCALARS = {"seed_ptr": "*i64", "offset_ptr": "*i64"}
+SCALE = {"TARGET_SCALE": 1 / 255}
+KERNELS = {
+    ("reparameterize_kl", "forward_kernel"): Kernel(
+        ["mu_BD", "logvar_BD"], ["z_BD"], {**SCALARS, "kl_BS": "*fp32"}
+    ),
+    ("reparameterize_kl", "backward_kernel"): Kernel(
+        ["mu_BD", "logvar_BD", "grad_z_BD"],
+        ["grad_mu_BD", "grad_logvar_BD"],
+        {**SCALARS, "grad_kl_B": "*fp32"},
+    ),
+    ("bernoulli_nll", "forward_kernel"): Kernel(
+        ["logits_BD"], [], {"target_BD": "*u8", "nll_BS": "*fp32"}, SCALE
+    ),
+    ("bernoulli_nll", "backward_kernel"): Kernel(
+        ["logits_BD"], ["grad_logits_BD"], {"target_BD": "*u8", "grad_nll_B": "*fp32"}, SCALE
+    ),
+    ("gaussian_nll", "forward_kernel"): Kernel(
+        ["mean_BD", "logvar_BD"], [], {"target_BD": "*u8", "nll_BS": "*fp32"}, SCALE
+    ),
+    ("gaussian_nll", "backward_kernel"): Kernel(
+        ["mean_BD", "logvar_BD"],
+        ["grad_mean_BD", "grad_logvar_BD"],
+        {"target_BD": "*u8", "grad_nll_B": "*fp32"},
+        {**SCALE, "WRITE_GRAD_LOGVAR": True},
+    ),
+}
+
+
+def modules():
+    for info in pkgutil.iter_modules(triton_kernels.__path__):
+        yield importlib.import_module(f"{triton_kernels.__name__}.{info.name}")
+
+
+def jit_functions(module):
+    """Those defined in the module itself."""
+    for name, value in vars(module).items():
+        if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__:
+            yield name, value
+
+
+def test_every_kernel_is_listed():
+    found = {
+        (module.__name__.rsplit(".", 1)[-1], name)
+        for module in modules()
+        if module is not device_math
+        for name, _ in jit_functions(module)
+    }
+    assert found == set(KERNELS)
+
+
+def test_device_math_touches_no_memory():
+    """Helpers take values: one that loads or stores is a kernel and belongs in the list above."""
+    functions = dict(jit_functions(device_math))
+    assert functions
+    for name, function in functions.items():
+        assert not re.search(r"tl\.(load|store|atomic)", inspect.getsource(function.fn)), name
+
+
+def compile_kernel(module: str, name: str, dtype: str, architecture: int, size, **constants):
+    """As the launcher would for contiguous, aligned rows."""
+    spec = KERNELS[module, name]
+    function = getattr(importlib.import_module(f"{triton_kernels.__name__}.{module}"), name)
+    tiles = launch.tiling(*size)
+    constants = {
+        **spec.constants,
+        "BLOCK_R": tiles.block_r,
+        "BLOCK_C": tiles.block_c,
+        **constants,
+    }
+    pointers = {**spec.others, **dict.fromkeys(spec.reads + spec.writes, f"*{dtype}")}
+    signature, constexprs, attributes = {}, {}, {}
+    for i, parameter in enumerate(function.params):
+        argument = parameter.name
+        if parameter.is_constexpr:
+            signature[argument], constexprs[i,] = "constexpr", constants[argument]
+        elif argument.endswith("_stride_d"):  # Triton makes a 1 a constant of its own accord
+            signature[argument], constexprs[i,] = "constexpr", 1
+        elif argument in pointers:
+            signature[argument], attributes[i,] = pointers[argument], [["tt.divisibility", 16]]
+        elif argument == "B":
+            signature[argument] = "i32"
+        else:
+            assert argument in ("D", "columns_per_split") or argument.endswith("_stride_b")
+            signature[argument], attributes[i,] = "i32", [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(function, signature, constexprs, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options=dict(launch.OPTIONS),
+    )
+
+
+def wide(ptx: str, instruction: str) -> int:
+    """How many 128-bit accesses there are (a 256-bit one counts twice)."""
+    widths = {"v4.b32": 1, "v2.b64": 1, "v8.b32": 2, "v4.b64": 2}
+    found = re.findall(rf"{instruction}\.global\S*\.(v\d\.b\d\d)\b", ptx)
+    return sum(widths.get(width, 0) for width in found)
+
+
+def resources(ptx: str, architecture: int, folder: Path) -> str:
+    """What ptxas says: registers, stack frame, bytes spilled."""
+    (folder / "kernel.ptx").write_text(ptx)
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    command = [nvidia.get_ptxas(architecture).path, "-v", f"-arch={target}", "kernel.ptx"]
+    done = subprocess.run(
+        [*command, "-o", "kernel.cubin"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def machine_code(folder: Path) -> str:
+    """SASS, where Triton brings the disassembler; else nothing."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not tool.exists():
+        return ""
+    done = subprocess.run([tool, "kernel.cubin"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wide_in_machine_code(sass: str, instruction: str) -> int:
+    found = re.findall(rf"\b{instruction}\.E\S*?\.(128|256)\b", sass)
+    return sum(int(bits) // 128 for bits in found)
+
+
+def check_no_spills(ptx: str, architecture: int, folder: Path) -> None:
+    report = resources(ptx, architecture, folder)
+    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report)
+    assert ".local" not in ptx  # a slow sine, a value indexed at run time
+
+
+CASES = [
+    (*kernel, dtype, architecture, size)
+    for kernel in KERNELS
+    for dtype in DTYPES
+    for architecture in ARCHITECTURES
+    # The tile's shape changes the layout, not what an architecture can do: one of them is enough.
+    for size in (SIZES if architecture == 90 else SIZES[1:])
+]
+
+
+@pytest.mark.parametrize(("module", "name", "dtype", "architecture", "size"), CASES)
+def test_wide_access_and_no_spills(module, name, dtype, architecture, size, tmp_path):
+    ptx = compile_kernel(module, name, dtype, architecture, size).asm["ptx"]
+    check_no_spills(ptx, architecture, tmp_path)
+
+    bytes_a_thread = launch.TILE * DTYPES[dtype] // (32 * launch.OPTIONS["num_warps"])
+    spec = KERNELS[module, name]
+    loads = len(spec.reads) * bytes_a_thread // 16
+    stores = len(spec.writes) * bytes_a_thread // 16
+    assert wide(ptx, "ld") >= loads
+    assert wide(ptx, "st") >= stores
+
+    sass = machine_code(tmp_path)
+    if sass:
+        assert wide_in_machine_code(sass, "LDG") >= loads
+        assert wide_in_machine_code(sass, "STG") >= stores
+        assert not re.search(r"\b(LDL|STL)\b", sass)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_variance_writes_no_gradient_for_each_pixel(architecture, tmp_path):
+    both = compile_kernel("gaussian_nll", "backward_kernel", "fp32", architecture, SIZES[1])
+    one = compile_kernel(
+        *("gaussian_nll", "backward_kernel", "fp32", architecture, SIZES[1]),
+        WRITE_GRAD_LOGVAR=False,
+    )
+    check_no_spills(one.asm["ptx"], architecture, tmp_path)
+    assert 2 * wide(one.asm["ptx"], "st") == wide(both.asm["ptx"], "st")
+
+
+def test_misaligned_rows_are_not_read_wide():
+    """The count above can fail: a row of 63 columns does not begin on a 128-bit boundary."""
+    spec = KERNELS["bernoulli_nll", "forward_kernel"]
+    function = importlib.import_module(f"{triton_kernels.__name__}.bernoulli_nll").forward_kernel
+    signature, constexprs = {}, {}
+    tiles = launch.tiling(4096, 63)
+    constants = {**spec.constants, "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c}
+    pointers = {**spec.others, "logits_BD": "*bf16"}
+    for i, parameter in enumerate(function.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constexprs[i,] = "constexpr", constants[parameter.name]
+        else:
+            signature[parameter.name] = pointers.get(parameter.name, "i32")
+    kernel = triton.compile(
+        ASTSource(function, signature, constexprs, {}),
+        target=GPUTarget("cuda", 90, 32),
+        options=dict(launch.OPTIONS),
+    )
+    assert wide(kernel.asm["ptx"], "ld") == 0
