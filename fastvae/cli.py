@@ -37,6 +37,8 @@ def train_command(arguments: Sequence[str]) -> None:
     parsed = tyro.cli(
         OmitArgPrefixes[TrainArguments], args=arguments, default=base, prog="fastvae train"
     )
+    if parsed.resume is not None and parsed.settings.output != parsed.resume:
+        raise UserError("--output cannot be given with --resume: the run goes on in its folder")
     name = parsed.preset if parsed.config is None else parsed.config.resolve().parent.name
     train(parsed.settings, name=name, resume=parsed.resume)
 

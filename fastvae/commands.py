@@ -156,3 +156,5 @@ def _make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file in it")

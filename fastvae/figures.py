@@ -1,5 +1,6 @@
 """The pictures of a run: grids of images, pairs, curves."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ def save_curves(lines: list[dict], names: dict[str, str], path: Path) -> None:
 def _fit_after_start(axis) -> None:  # type: ignore[no-untyped-def]
     """Choose the vertical range by all but the first tenth, whose values dwarf the rest."""
     values = [y for line in axis.lines for y in line.get_ydata()[len(line.get_ydata()) // 10 :]]
+    values = [y for y in values if math.isfinite(y)]
     if values:
         low, high = min(values), max(values)
         margin = 0.05 * (high - low) + 1e-3

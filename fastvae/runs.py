@@ -22,28 +22,34 @@ SAMPLES, RECONSTRUCTIONS, CURVES = "samples.png", "reconstructions.png", "curves
 _PACKAGES = ("fastvae", "torch", "torchvision", "triton", "accelerate", "numpy")
 
 
+def refuse_other_run(folder: Path | None) -> None:
+    """Raise UserError where `folder` already holds a run."""
+    if folder is not None and (folder / CONFIG).exists():
+        raise UserError(
+            f"{folder} already holds a run: continue it with --resume {folder}, "
+            "or choose another --output"
+        )
+
+
 def new_run_folder(config: Config, name: str) -> Path:
     """Make the folder of a fresh run: `config.output`, or the first free of runs/name, name-2, …
 
     Raises UserError where `config.output` already holds a run.
     """
-    if config.output is not None:
-        folder = config.output
-        if (folder / CONFIG).exists():
-            raise UserError(
-                f"{folder} already holds a run: continue it with --resume {folder}, "
-                "or choose another --output"
-            )
-    else:
-        folder, number = Path("runs") / name, 1
-        while folder.exists():
+    refuse_other_run(config.output)
+    folder, number = config.output or Path("runs") / name, 1
+    while True:
+        try:
+            # Who makes a numbered folder has it, also among runs that start at the same time.
+            folder.mkdir(parents=True, exist_ok=config.output is not None)
+            return folder
+        except FileExistsError as error:
+            if config.output is not None:
+                raise UserError(f"--output {folder} is a file, not a folder") from error
             number += 1
             folder = Path("runs") / f"{name}-{number}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run's folder {folder}: {error}") from error
-    return folder
+        except OSError as error:
+            raise UserError(f"cannot make the run's folder {folder}: {error}") from error
 
 
 def read_config(run: Path) -> Config:

@@ -192,9 +192,7 @@ class VAE(
         save_file(state, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, **options: Any
-    ) -> "VAE":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "VAE":
         """Load a model from a run's folder, a folder that was saved, or a name on the Hub.
 
         `options` are those of `_from_pretrained` and huggingface_hub's own (`revision`, `token`,

@@ -1,10 +1,12 @@
 """A training run from its configuration to its results."""
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -29,6 +31,8 @@ from fastvae.training.schedule import learning_rate
 from fastvae.training.step import METRICS, TrainingStep
 from fastvae.vae import VAE
 
+Answer = TypeVar("Answer")
+
 # What may change when a run is resumed; the rest would make it another run.
 RESUMABLE = {
     "output", "epochs", "max_steps", "mixed_precision", "compile", "log_every", "eval_every",
@@ -47,7 +51,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     accelerator = _make_accelerator(config)
     device = accelerator.device
     part = _part_of_batch(config, accelerator.num_processes)
-    run = _open_run(config, name, resume, accelerator)
+    _on_main(accelerator, lambda: _check_folder(config, resume))
 
     # The images.
     with accelerator.local_main_process_first():
@@ -68,10 +72,10 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     # Where to begin.
     state: dict[str, Any] = {"step": 0, "pending": [0.0] * len(METRICS), "pending_images": 0}
     if resume:
-        state = load_checkpoint(run, vae=final_vae, trained=vae, optimizer=optimizer)
+        state = load_checkpoint(resume, vae=final_vae, trained=vae, optimizer=optimizer)
         if state["step"] >= plan.steps:
             raise UserError(
-                f"{run} is already at step {state['step']} of {plan.steps}: "
+                f"{resume} is already at step {state['step']} of {plan.steps}: "
                 "give more --epochs or --max-steps to continue it"
             )
 
@@ -84,6 +88,9 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
 
+    # The run's folder, into which nothing is written before all of the above has gone well.
+    run = _on_main(accelerator, lambda: _open_folder(config, name, resume))
+    _start_tracker(config, run, accelerator)
     log = RunLog(
         accelerator, run, bound=names["elbo"], start_step=state["step"], total_steps=plan.steps
     )
@@ -91,6 +98,8 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     if remark:
         log.say(remark)
     sums = torch.tensor(state["pending"], dtype=torch.float64, device=device)
+    if not accelerator.is_main_process:
+        sums.zero_()  # what a checkpoint holds is the sum over all processes
     summed_images: int = state["pending_images"]
     clock = Clock()
     result: Evaluation | None = None
@@ -125,6 +134,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
         evaluate_now = is_last or plan.crosses(done, config.eval_every)
         if evaluate_now or done % config.log_every == 0:
             means = (accelerator.reduce(sums.clone(), reduction="sum") / summed_images).tolist()
+            _require_finite(means, done, run)
             line = _line(done, plan, config, dict(zip(METRICS, means, strict=True)), names)
             line |= {"lr": lr, "images_per_second": clock.rate()}
             with clock.paused(device):
@@ -140,12 +150,12 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
         # What to keep of it.
         if is_last or plan.crosses(done, config.checkpoint_every):
             with clock.paused(device):
-                pending = accelerator.reduce(sums.clone(), reduction="sum")
+                pending = accelerator.reduce(sums.clone(), reduction="sum").tolist()
+                _require_finite(pending, done, run)
                 state = {
                     "step": done,
                     "samples": done * config.batch_size,
-                    # Kept by the first process alone, so that a resume adds them once.
-                    "pending": pending.tolist(),
+                    "pending": pending,
                     "pending_images": summed_images,
                 }
                 if accelerator.scaler is not None:
@@ -226,42 +236,57 @@ def _part_of_batch(config: Config, processes: int) -> int:
     return config.batch_size // parts
 
 
-def _open_run(config: Config, name: str, resume: Path | None, accelerator: Accelerator) -> Path:
-    """Make or check the run's folder on the main process, and tell the others which it is."""
+def _on_main(accelerator: Accelerator, action: Callable[[], Answer]) -> Answer:
+    """Do it on the main process alone; its answer, or its UserError, is that of every process."""
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = _checked_folder(config, name, resume)
+            answer[0] = action()
         except UserError as error:
             answer[1] = str(error)
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)
-    run, problem = answer
-    if problem:
-        raise UserError(problem)
+    if answer[1]:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def _check_folder(config: Config, resume: Path | None) -> None:
+    """Refuse a fresh run in the folder of another, and a resumed one with other settings."""
+    if resume is None:
+        runs.refuse_other_run(config.output)
+        return
+    changed = {
+        key: values
+        for key, values in differences(runs.read_config(resume), config).items()
+        if key not in RESUMABLE
+    }
+    if changed:
+        listed = "\n".join(
+            f"  {k}: {old} in the run, {new} now" for k, (old, new) in changed.items()
+        )
+        raise UserError(f"{resume} was started with other settings:\n{listed}\nStart a new run.")
+
+
+def _open_folder(config: Config, name: str, resume: Path | None) -> Path:
+    run = resume or runs.new_run_folder(config, name)
+    (run / runs.CONFIG).write_text(replace(config, output=run).to_json())
+    return run
+
+
+def _start_tracker(config: Config, run: Path, accelerator: Accelerator) -> None:
     if config.tracker != "none":
         accelerator.project_configuration.logging_dir = str(run)
         accelerator.init_trackers("fastvae", config={"run": run.name, "config": config.to_json()})
-    return run
 
 
-def _checked_folder(config: Config, name: str, resume: Path | None) -> Path:
-    if resume is None:
-        run = runs.new_run_folder(config, name)
-    else:
-        run = resume
-        changed = {
-            key: values
-            for key, values in differences(runs.read_config(run), config).items()
-            if key not in RESUMABLE
-        }
-        if changed:
-            listed = "\n".join(
-                f"  {k}: {old} in the run, {new} now" for k, (old, new) in changed.items()
-            )
-            raise UserError(f"{run} was started with other settings:\n{listed}\nStart a new run.")
-    (run / runs.CONFIG).write_text(replace(config, output=run).to_json())
-    return run
+def _require_finite(values: list[float], done: int, run: Path) -> None:
+    """End a run that has diverged, before it replaces its checkpoint."""
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            f"the loss is no longer finite at step {done}: start again with a lower "
+            f"--learning-rate, or with --clip-norm 1. {run} keeps its last checkpoint, if any"
+        )
 
 
 def _make_optimizer(config: OptimizerConfig, vae: VAE) -> torch.optim.Optimizer:

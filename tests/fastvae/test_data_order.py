@@ -1,0 +1,58 @@
+"""The order of the data is a function of (seed, position), whatever asks for it in what pieces."""
+
+import pytest
+import torch
+
+from fastvae.data import EpochOrder, ImageSet
+from fastvae.training.feed import Feed
+
+
+def test_every_sample_once_an_epoch() -> None:
+    order = EpochOrder(37, seed=1)
+    epochs = [order.indices(37 * epoch, 37).tolist() for epoch in range(5)]
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert epochs[0] != EpochOrder(37, seed=2).indices(0, 37).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 37])
+@pytest.mark.parametrize("batch", [4, 12, 48, 120])
+def test_batches_span_epochs_and_lose_nothing(size: int, batch: int) -> None:
+    """Also where the set is smaller than the batch."""
+    order, steps = EpochOrder(size, seed=3), 11
+    met = torch.cat([order.indices(step * batch, batch) for step in range(steps)])
+    assert len(met) == steps * batch
+    assert torch.equal(met, EpochOrder(size, seed=3).indices(0, steps * batch))
+    for epoch in met[: len(met) // size * size].view(-1, size).tolist():
+        assert sorted(epoch) == list(range(size))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("accumulation", [1, 2, 5])
+def test_slices_of_processes_tile_the_batch(processes: int, accumulation: int) -> None:
+    images = ImageSet(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1), None, "numbers")
+    part, batch = 3, 3 * processes * accumulation
+    whole = Feed(images, 9, torch.device("cpu"))
+    for step in (0, 1, 7):
+        pieces = []
+        for process in range(processes):
+            feed = Feed(images, 9, torch.device("cpu"))
+            for index in range(accumulation):
+                position = step * batch + process * part * accumulation + index * part
+                pieces.append(feed.batch(position, part))
+        assert torch.equal(torch.cat(pieces), whole.batch(step * batch, batch))
+
+
+def test_going_back_gives_the_same() -> None:
+    """Only a few permutations are kept; a forgotten one comes back as it was."""
+    order = EpochOrder(20, seed=4)
+    first = order.indices(0, 20)
+    for epoch in range(1, 10):
+        order.indices(20 * epoch, 20)
+    assert torch.equal(order.indices(0, 20), first)
+
+
+def test_the_order_never_changes() -> None:
+    """Written down: a run resumed later or elsewhere must go on in the same order."""
+    expected = [9, 3, 8, 5, 2, 7, 6, 0, 4, 1, 1, 6, 2, 9, 5, 0, 4, 8, 7, 3]
+    assert EpochOrder(10, seed=0).indices(0, 20).tolist() == expected
