@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from fastvae.data.config import DataConfig
 from fastvae.errors import UserError
 from fastvae.parts.networks import ACTIVATIONS
@@ -187,7 +185,7 @@ class Config:
 
 
 for _settings in (DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, Config):
-    _settings.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
+    _settings.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[union-attr]
 
 
 def from_json(text: str, source: str) -> Config:
@@ -195,6 +193,8 @@ def from_json(text: str, source: str) -> Config:
 
     Raises UserError naming `source` and every unknown field or value that is not allowed.
     """
+    from pydantic import TypeAdapter, ValidationError  # only where a file is read
+
     try:
         json.loads(text)  # names the place of a mistake better
         return TypeAdapter(Config).validate_json(text, strict=True)

@@ -101,14 +101,15 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     hardware = {"device": device.type, "name": name, "processes": processes}
     if device.type == "cpu":
         hardware["threads"] = torch.get_num_threads()
     return {"versions": versions, "hardware": hardware}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -279,7 +279,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[np.ndar
     monkeypatch.setattr(known, "train_list", [["data_batch_1", sums["data_batch_1"]]])
     monkeypatch.setattr(known, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(known, "meta", {**known.meta, "md5": sums["batches.meta"]})
-    yield pixels.reshape(5, 3, 32, 32)
+    return pixels.reshape(5, 3, 32, 32)
 
 
 def test_cifar10_as_published(tmp_path: Path, cifar10: np.ndarray) -> None:

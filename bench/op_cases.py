@@ -1,0 +1,208 @@
+"""Each operator beside the PyTorch that it replaces, and the fewest bytes that it must move.
+
+The PyTorch side computes in float32 inside and returns what the operator returns (z in the input's
+dtype, sums in float32), so that both do the same work. B rows, D columns.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import fastvae_kernels as kernels
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+Compute = Callable[..., Tensors]
+Make = Callable[[int, int, torch.dtype, torch.device], Tensors]
+
+SEED, OFFSET = 2024, 10**6
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes to move: so many for each element (of an input's dtype, and of one byte each), and so
+    many for each row."""
+
+    items: int
+    single: int = 0
+    row: int = 4
+
+    def of(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        return rows * (columns * (self.items * dtype.itemsize + self.single) + self.row)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator. `make` gives fresh inputs; those that want a gradient are differentiated."""
+
+    name: str
+    make: Make
+    fastvae: Compute
+    pytorch: Compute
+    forward: Bytes
+    backward: Bytes | None
+    is_random: bool = False
+    """Its first output is drawn, so only the others can be compared with PyTorch's."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------- inputs
+
+
+def _values(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(rows, columns, device=device, dtype=dtype).requires_grad_()
+
+
+def _latents(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    # On the device from the start: the seed in a trained model is a buffer.
+    seed, offset = (torch.tensor(n, device=device) for n in (SEED, OFFSET))
+    mu, logvar = (_values(rows, columns, dtype, device) for _ in range(2))
+    return mu, logvar, seed, offset
+
+
+def _with_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    target = torch.randint(256, (rows, columns), dtype=torch.uint8, device=device)
+    return _values(rows, columns, dtype, device), target
+
+
+def _with_bits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    target = torch.randint(2, (rows, columns), device=device).to(dtype)
+    return _values(rows, columns, dtype, device), target
+
+
+def _one_variance(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    logvar = torch.tensor(-2.0, device=device, requires_grad=True)
+    return *_with_bytes(rows, columns, dtype, device), logvar
+
+
+def _variances(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    return *_with_bytes(rows, columns, dtype, device), _values(rows, columns, dtype, device)
+
+
+def _place(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """Nothing is read but a shape."""
+    seed, offset = (torch.tensor(n, device=device) for n in (SEED, OFFSET))
+    return torch.empty(rows, columns, 0, device=device), seed, offset
+
+
+# ------------------------------------------------------------- the operators and their rivals
+
+
+def _fastvae_reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
+    return kernels.reparameterize_kl(mu, logvar, seed, offset=offset)
+
+
+def _pytorch_reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
+    mu32, logvar32 = mu.float(), logvar.float()
+    z = mu32 + torch.exp(0.5 * logvar32) * torch.randn_like(mu32)
+    kl = -0.5 * (1 + logvar32 - mu32.pow(2) - logvar32.exp()).sum(1)
+    return z.to(mu.dtype), kl
+
+
+def _fastvae_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensors:
+    return (kernels.bernoulli_nll(logits, target),)
+
+
+def _pytorch_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensors:
+    x = _unit_interval(target)
+    return (F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(1),)
+
+
+def _fastvae_gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensors:
+    return (kernels.gaussian_nll(mean, target, logvar),)
+
+
+def _pytorch_gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensors:
+    x, logvar = _unit_interval(target), logvar.float()
+    terms = (x - mean.float()).pow(2) * torch.exp(-logvar) + logvar + math.log(2 * math.pi)
+    return (0.5 * terms.sum(1),)
+
+
+def _unit_interval(target: Tensor) -> Tensor:
+    return target.float() / 255 if target.dtype == torch.uint8 else target.float()
+
+
+def _fastvae_normal(place: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
+    shape = (place.shape[0], place.shape[1])
+    return (kernels.normal(shape, seed, offset=offset, device=place.device),)
+
+
+def _pytorch_normal(place: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
+    return (torch.randn(place.shape[0], place.shape[1], device=place.device),)
+
+
+def _fastvae_uniform(place: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
+    shape = (place.shape[0], place.shape[1])
+    return (kernels.uniform(shape, seed, offset=offset, device=place.device),)
+
+
+def _pytorch_uniform(place: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
+    return (torch.rand(place.shape[0], place.shape[1], device=place.device),)
+
+
+# Reads and writes, an input's dtype each, in the order of the arguments.
+OPS = (
+    Op(
+        "reparameterize_kl",
+        _latents,
+        _fastvae_reparameterize_kl,
+        _pytorch_reparameterize_kl,
+        forward=Bytes(items=3),  # mu, logvar → z, kl
+        backward=Bytes(items=5),  # mu, logvar, grad_z, grad_kl → grad_mu, grad_logvar
+        is_random=True,
+    ),
+    Op(
+        "bernoulli_nll, uint8 target",
+        _with_bytes,
+        _fastvae_bernoulli_nll,
+        _pytorch_bernoulli_nll,
+        forward=Bytes(items=1, single=1),  # logits, target → nll
+        backward=Bytes(items=2, single=1),  # logits, target, grad_nll → grad_logits
+    ),
+    Op(
+        "bernoulli_nll, floating target",
+        _with_bits,
+        _fastvae_bernoulli_nll,
+        _pytorch_bernoulli_nll,
+        forward=Bytes(items=2),
+        backward=Bytes(items=3),
+    ),
+    Op(
+        "gaussian_nll, one variance",
+        _one_variance,
+        _fastvae_gaussian_nll,
+        _pytorch_gaussian_nll,
+        forward=Bytes(items=1, single=1),  # mean, target → nll
+        backward=Bytes(items=2, single=1, row=8),  # and nll, grad_nll → grad_mean
+    ),
+    Op(
+        "gaussian_nll, variance of each",
+        _variances,
+        _fastvae_gaussian_nll,
+        _pytorch_gaussian_nll,
+        forward=Bytes(items=2, single=1),  # mean, target, logvar → nll
+        backward=Bytes(items=4, single=1),  # and grad_nll → grad_mean, grad_logvar
+    ),
+    Op(
+        "normal",
+        _place,
+        _fastvae_normal,
+        _pytorch_normal,
+        forward=Bytes(items=1, row=0),
+        backward=None,
+        is_random=True,
+        dtypes=(torch.float32,),
+    ),
+    Op(
+        "uniform",
+        _place,
+        _fastvae_uniform,
+        _pytorch_uniform,
+        forward=Bytes(items=1, row=0),
+        backward=None,
+        is_random=True,
+        dtypes=(torch.float32,),
+    ),
+)

@@ -1,0 +1,145 @@
+"""Each operator, forward and with its backward pass: stock PyTorch, the same compiled, fastvae.
+
+    pytest bench/test_ops.py
+
+Each group is one table of rivals at one size. They are timed one after the other; where the clock
+drifts, `python bench/gpu.py --only ops` times them in interleaved rounds instead.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import fastvae_kernels as kernels
+import measure
+import pytest
+import torch
+from op_cases import OPS, Compute, Op, Tensors
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDS = 25
+SECONDS_PER_ROUND = 0.004
+# What the hungriest rival keeps at once, in tensors like an input.
+TENSORS_ALIVE = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    op: Op
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op.name}, {self.rows}x{self.columns}, {dtype}"  # pytest escapes a ×
+
+
+def cases() -> list[Case]:
+    """Sizes that suit the device. Every compiled rival costs seconds on a CPU, so there latents
+    meet their operator, images theirs, and whole floats are left to the GPU."""
+    if DEVICE.type == "cuda":
+        sizes = [(2**18, 64), (2**14, 784), (2**16, 1024), (2**14, 4096)]
+        return [Case(op, *size, dtype) for op in OPS for size in sizes for dtype in op.dtypes]
+    chosen = [op for op in OPS if op.backward is not None and "floating" not in op.name]
+    return [
+        Case(op, rows, 64 if op.name == "reparameterize_kl" else 784, torch.float32)
+        for op in chosen
+        for rows in (128, 512)
+    ]
+
+
+def with_impl(op: Op, impl: str) -> Compute:
+    """The public function with the implementation named."""
+    name = op.name.split(",")[0]
+    function: Callable[..., Any] = getattr(kernels, name)
+    if name == "reparameterize_kl":
+        return lambda mu, logvar, seed, offset: function(mu, logvar, seed, offset=offset, impl=impl)
+    return lambda *inputs: (function(*inputs, impl=impl),)
+
+
+def rivals(op: Op) -> dict[str, Compute]:
+    computes = {
+        "pytorch": op.pytorch,
+        "pytorch-compiled": torch.compile(op.pytorch, fullgraph=True, dynamic=False),
+        "fastvae": op.fastvae,
+        "fastvae-compiled": torch.compile(op.fastvae, fullgraph=True, dynamic=False),
+    }
+    # Noise alone has no kernel of its own: the operators draw theirs inside.
+    if DEVICE.type == "cuda" and op.backward is not None:
+        computes["fastvae-triton"] = with_impl(op, "triton")
+    return computes
+
+
+RIVALS = [
+    *("pytorch", "pytorch-compiled", "fastvae", "fastvae-compiled"),
+    pytest.param(
+        "fastvae-triton",
+        marks=pytest.mark.skipif(DEVICE.type != "cuda", reason="Triton's kernels need a GPU"),
+    ),
+]
+
+
+def leaves(inputs: Tensors) -> list[Tensor]:
+    return [x for x in inputs if x.requires_grad]
+
+
+def check_parity(case: Case, computes: dict[str, Compute], inputs: Tensors) -> None:
+    """On these very inputs: what is not drawn, and its gradients. Compiles what is compiled."""
+    found = {}
+    for name, compute in computes.items():
+        outputs = compute(*inputs)
+        assert all(y.isfinite().all() for y in outputs), f"{case}: {name} is not finite"
+        kept = outputs[1:] if case.op.is_random else outputs
+        found[name] = list(kept)
+        if kept and case.op.backward:
+            found[name] += torch.autograd.grad([y.sum() for y in kept], leaves(inputs))
+    for name, values in found.items():
+        for got, wanted in zip(values, found["pytorch"], strict=True):
+            tolerance = 1e-4 if got.dtype == torch.float32 else 2e-2
+            error = float((got - wanted).abs().max() / wanted.abs().max())
+            assert error < tolerance, f"{case}: {name} differs from stock PyTorch by {error:.3g}"
+
+
+@pytest.fixture(scope="module", params=cases(), ids=str)
+def contest(request: pytest.FixtureRequest) -> tuple[Case, Tensors, dict[str, Compute]]:
+    """The rivals and what they are given, once they have been seen to agree."""
+    case = request.param
+    if DEVICE.type == "cuda":
+        needed = TENSORS_ALIVE * case.rows * case.columns * case.dtype.itemsize
+        if needed > torch.cuda.mem_get_info()[0]:
+            pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    inputs = case.op.make(case.rows, case.columns, case.dtype, DEVICE)
+    computes = rivals(case.op)
+    check_parity(case, computes, inputs)
+    return case, inputs, computes
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_op(benchmark: Any, contest: Any, direction: str, rival: str) -> None:
+    case, inputs, computes = contest
+    if rival not in computes:
+        pytest.skip("noise alone has no Triton kernel: the operators draw theirs inside")
+    if direction != "forward" and case.op.backward is None:
+        pytest.skip("nothing to differentiate")
+    compute = computes[rival]
+    gradients = [torch.ones_like(y) for y in compute(*inputs)]
+
+    def forward() -> None:
+        compute(*inputs)
+        measure.synchronize(DEVICE)
+
+    def forward_and_backward() -> None:
+        torch.autograd.grad(compute(*inputs), leaves(inputs), gradients)
+        measure.synchronize(DEVICE)
+
+    call = forward if direction == "forward" else forward_and_backward
+    # The fastest of a few: a neighbour's burst of work must not decide how often a round calls.
+    seconds = min(measure.seconds(call, 3, DEVICE) for _ in range(5))
+    iterations = max(1, round(SECONDS_PER_ROUND / seconds))
+    benchmark.group = f"{case}, {direction}, {DEVICE.type}"
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=iterations, warmup_rounds=2)
