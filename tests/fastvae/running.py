@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,10 +21,10 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 # A run of a second on the embedded digits: 1617 images to train on, 25.3 steps an epoch.
-TINY = (
-    "--data digits --hidden 32 --latent-dim 4 --batch-size 64 --max-steps 60 --log-every 10 "
-    "--eval-every 1 --checkpoint-every 1 --compile off"
-).split()
+TINY = shlex.split(
+    "--data digits --hidden 32 --latent-dim 4 --batch-size 64 --max-steps 60 "
+    "--log-every 10 --eval-every 1 --checkpoint-every 1 --compile off"
+)
 EPOCH = 1617
 # Measured, and therefore different in every run.
 MEASURED = "images_per_second"
@@ -70,10 +71,10 @@ def run_process(
 
 
 def fastvae(
-    *arguments: object, folder: Path, **changes: str
+    *arguments: object, folder: Path, timeout: float = 240, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own."""
-    return run_process([*command_line(), *map(str, arguments)], folder, **changes)
+    return run_process([*command_line(), *map(str, arguments)], folder, timeout, **changes)
 
 
 def train(*flags: object, output: Path) -> Path:

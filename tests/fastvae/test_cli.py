@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,11 @@ from fastvae.cli import COMMANDS, main
 from fastvae.config import Config
 from fastvae.presets import PRESETS
 
-EVERYDAY = (
-    "--preset --data --data-dir --output --epochs --max-steps --batch-size --learning-rate "
-    "--latent-dim --likelihood --beta --seed --log-every --checkpoint-every --resume --config "
-    "--compile"
-).split()
+EVERYDAY = shlex.split(
+    "--preset --data --data-dir --output --epochs --max-steps --batch-size "
+    "--learning-rate --latent-dim --likelihood --beta --seed --log-every "
+    "--checkpoint-every --resume --config --compile"
+)
 
 
 def ends(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -170,7 +171,8 @@ def test_a_tracker_that_is_not_installed(
 ) -> None:
     monkeypatch.setattr("fastvae.training.loop.find_spec", lambda name: None)
     status, text = ends(["train", "--tracker", "wandb", "--output", str(tmp_path / "x")], capsys)
-    assert status == 2 and "pip install 'fastvae[wandb]'" in text
+    assert status == 2
+    assert "pip install 'fastvae[wandb]'" in text
     assert not (tmp_path / "x").exists()
 
 
@@ -178,7 +180,8 @@ def test_the_folder_of_another_run(trained: Trained, capsys: pytest.CaptureFixtu
     before = (trained.run / "config.json").read_text()
     status, text = ends(["train", "--output", str(trained.run)], capsys)
     assert status == 2
-    assert f"{trained.run} already holds a run" in text and f"--resume {trained.run}" in text
+    assert f"{trained.run} already holds a run" in text
+    assert f"--resume {trained.run}" in text
     assert (trained.run / "config.json").read_text() == before
 
 
@@ -188,7 +191,8 @@ def test_an_output_that_cannot_be_a_folder(
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file/below"):
         status, text = ends(["train", *TINY, "--output", str(output)], capsys)
-        assert status == 2 and str(output) in text
+        assert status == 2
+        assert str(output) in text
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -216,7 +220,9 @@ def test_a_resumed_run_stays_in_its_folder(
 ) -> None:
     flags = ["train", "--resume", str(trained.run), "--output", str(tmp_path / "other")]
     status, text = ends(flags, capsys)
-    assert status == 2 and "--output" in text and "--resume" in text
+    assert status == 2
+    assert "--output" in text
+    assert "--resume" in text
     assert not (tmp_path / "other").exists()
 
 
@@ -224,7 +230,9 @@ def test_a_resumed_run_stays_in_its_folder(
 
 
 def test_a_saved_configuration_gives_the_same_run(tmp_path: Path) -> None:
-    odd = "--seed 5 --beta 0.5 --likelihood bernoulli --activation tanh --ema-decay 0.9".split()
+    odd = shlex.split(
+        "--seed 5 --beta 0.5 --likelihood bernoulli --activation tanh --ema-decay 0.9"
+    )
     first = train(*odd, "--learning-rate", 0.003, "--max-steps", 12, output=tmp_path / "first")
     again = tmp_path / "again"
     main(["train", "--config", str(first / "config.json"), "--output", str(again)])

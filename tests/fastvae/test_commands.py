@@ -176,7 +176,8 @@ def test_encode(trained: Trained, tmp_path: Path) -> None:
     assert found["mu"].dtype == found["logvar"].dtype == torch.float32
     torch.testing.assert_close(found["mu"], q.mu.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["logvar"], q.logvar.detach(), rtol=1e-4, atol=1e-5)
-    assert digits.labels is not None and torch.equal(found["label"], digits.labels)
+    assert digits.labels is not None
+    assert torch.equal(found["label"], digits.labels)
 
 
 def test_encode_images_without_labels(
@@ -186,7 +187,8 @@ def test_encode_images_without_labels(
     output = tmp_path / "below/z.safetensors"
     main(["encode", str(trained.run), str(tmp_path / "one.png"), "-o", str(output)])
     found = load_file(output)
-    assert found.keys() == {"mu", "logvar"} and found["mu"].shape == (1, 4)
+    assert found.keys() == {"mu", "logvar"}
+    assert found["mu"].shape == (1, 4)
     assert "no file or folder nosuch" in refused(["encode", trained.run, "nosuch"], capsys)
     message = refused(["encode", trained.run, "digits", "-o", tmp_path], capsys)
     assert f"cannot write {tmp_path}" in message
@@ -218,9 +220,7 @@ def test_evaluate_other_images(trained: Trained, tmp_path: Path) -> None:
     assert found["elbo"] == pytest.approx(results(trained.run)["heldout"]["elbo"], rel=0.1)
 
 
-def test_a_cross_entropy_is_called_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cross_entropy_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--likelihood", "bernoulli", "--binarize", "none", "--max-steps", "20"]
     run = train(*flags, output=tmp_path / "run")
     main(["evaluate", str(run)])

@@ -182,7 +182,8 @@ SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build(name: str) -> None:
     config = preset(name)
-    assert name.startswith(config.data.data) and name.endswith(config.model.network)
+    assert name.startswith(config.data.data)
+    assert name.endswith(config.model.network)
     shape = SHAPES.get(config.data.data, (3, 32, 32))
     vae = build_model(config.model, shape)
     assert vae.spec()["encoder"]["name"] == vae.spec()["decoder"]["name"] == config.model.network
@@ -193,13 +194,15 @@ def test_presets_build(name: str) -> None:
 
 
 def test_the_default_needs_no_download() -> None:
-    assert DEFAULT_PRESET in PRESETS and preset(DEFAULT_PRESET).data.data == "digits"
+    assert DEFAULT_PRESET in PRESETS
+    assert preset(DEFAULT_PRESET).data.data == "digits"
 
 
 def test_unknown_preset() -> None:
     with pytest.raises(UserError) as caught:
         preset("mnist-mpl")
-    assert "'mnist-mpl'" in str(caught.value) and "did you mean mnist-mlp?" in str(caught.value)
+    assert "'mnist-mpl'" in str(caught.value)
+    assert "did you mean mnist-mlp?" in str(caught.value)
     assert all(name in str(caught.value) for name in PRESETS)
     with pytest.raises(UserError) as caught:
         preset("zzzz")
@@ -217,7 +220,8 @@ def test_the_model_is_the_configured_one() -> None:
         "hidden": (7, 5),
         "activation": "gelu",
     }
-    assert spec["decoder"]["widths"] == (9, 5, 3) and spec["decoder"]["hidden"] == (5, 7)
+    assert spec["decoder"]["widths"] == (9, 5, 3)
+    assert spec["decoder"]["hidden"] == (5, 7)
     assert spec["likelihood"] == {"name": "gaussian", "variance": 0.02}
     assert build_model(ModelConfig(), (1, 4, 4)).spec()["likelihood"]["binarize"] == "dynamic"
 

@@ -978,5 +978,5 @@ def test_the_first_of_several_errors_is_raised() -> None:
             raise UserError(str(index))
 
     for _ in range(5):
-        with pytest.raises(UserError, match="^100$"):
+        with pytest.raises(UserError, match=r"^100$"):
             decode._for_each(1000, work)

@@ -42,7 +42,8 @@ def test_means_and_draws() -> None:
     assert set(draws.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(likelihood.mean(logits), torch.sigmoid(logits))
     error = (draws.mean(0) - torch.sigmoid(logits[0])).abs().flatten()
-    assert error.max() < 5 * 0.5 / math.sqrt(20000) and max(error[0], error[4]) < 1e-6
+    assert error.max() < 5 * 0.5 / math.sqrt(20000)
+    assert max(error[0], error[4]) < 1e-6
 
     likelihood_of_values = Gaussian(0.25)
     means = torch.full((20000, 1, 1, 2), 0.7)
@@ -65,7 +66,8 @@ def test_dynamic_draws_are_white_as_often_as_the_pixel_says(dtype: torch.dtype) 
     white = binarize(x.expand(draws, 1, 16, 16), 12, 0).mean(0).flatten().double()
     p = torch.arange(256, dtype=torch.float64) / 255
     deviation = (white - p) / (p * (1 - p) / draws).sqrt().clamp(min=1e-9)
-    assert white[0] == 0 and white[255] == 1
+    assert white[0] == 0
+    assert white[255] == 1
     assert deviation[1:255].abs().max() < 5  # 254 draws from N(0, 1)
     assert 0.8 < deviation[1:255].square().mean() < 1.25
 

@@ -46,4 +46,5 @@ def test_pixels() -> None:
     assert pixels(levels)[255] == 1
     assert pixels(torch.tensor([True, False])).tolist() == [1.0, 0.0]
     half = torch.tensor([0.5], dtype=torch.float64)
-    assert pixels(half).dtype == torch.float32 and pixels(half).item() == 0.5
+    assert pixels(half).dtype == torch.float32
+    assert pixels(half).item() == 0.5

@@ -15,7 +15,8 @@ def test_log_prob_is_that_of_a_standard_normal() -> None:
 def test_draws_are_standard_normal_and_rows_stand_alone() -> None:
     prior = StandardNormal(6)
     z = prior.sample(20000, 3, torch.device("cpu"))
-    assert z.shape == (20000, 6) and z.dtype == torch.float32
+    assert z.shape == (20000, 6)
+    assert z.dtype == torch.float32
     assert (z.mean(0).abs() < 5 / 20000**0.5).all()
     assert (torch.cov(z.T) - torch.eye(6)).abs().max() < 5 * (2 / 20000) ** 0.5
     assert torch.equal(prior.sample(3, 3, torch.device("cpu")), z[:3])
@@ -24,4 +25,5 @@ def test_draws_are_standard_normal_and_rows_stand_alone() -> None:
 def test_statistics_are_the_mean_and_then_the_log_variance() -> None:
     statistics = torch.arange(12.0).view(2, 6)
     q = DiagonalGaussian().distribution(statistics)
-    assert q.mu.tolist() == [[0, 1, 2], [6, 7, 8]] and q.logvar.tolist() == [[3, 4, 5], [9, 10, 11]]
+    assert q.mu.tolist() == [[0, 1, 2], [6, 7, 8]]
+    assert q.logvar.tolist() == [[3, 4, 5], [9, 10, 11]]

@@ -1,6 +1,7 @@
 """Stopped and resumed is straight through: to the bit, wherever and however the run was stopped."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from running import (
     command_line,
     environment,
     metrics,
-    resume,
     results,
+    resume,
     train,
     training_state,
     weights,
@@ -85,7 +86,8 @@ def test_resumed_is_straight_through(name: str, tmp_path: Path) -> None:
     run = killed(*flags, output=tmp_path / "killed", after_line=40)
     logged = [line["step"] for line in metrics(run)]
     # There are lines after the checkpoint, which are made again and not doubled.
-    assert 20 < step_of(run) < logged[-1] and not (run / "results.json").exists()
+    assert 20 < step_of(run) < logged[-1]
+    assert not (run / "results.json").exists()
     resume(run)
     assert step_of(run) == 60
     assert_same_run(run, straight)
@@ -116,7 +118,7 @@ def test_stopped_again_and_again(tmp_path: Path) -> None:
 
 def test_killed_by_the_system(tmp_path: Path) -> None:
     """A real process and SIGKILL, at whatever place it finds."""
-    flags = "--batch-size 16 --max-steps 4000 --epochs 100 --checkpoint-every 0.5".split()
+    flags = shlex.split("--batch-size 16 --max-steps 2500 --epochs 100 --checkpoint-every 0.5")
     command = [*command_line(), "train", *TINY, *flags, "--output", "killed"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL
@@ -127,7 +129,7 @@ def test_killed_by_the_system(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     killed_at = step_of(tmp_path / "killed")
-    assert 300 < killed_at < 4000
+    assert 300 < killed_at < 2500
     straight = train(*flags, output=tmp_path / "straight")
     resume(tmp_path / "killed")
     assert_same_run(tmp_path / "killed", straight)
@@ -180,7 +182,8 @@ def copied(trained: Trained, tmp_path: Path) -> Path:
 def test_a_finished_run(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in ([], ["--max-steps", "30"]):
         message = refused(copied, flags, capsys)
-        assert f"{copied} is already at step 60" in message and "--max-steps" in message
+        assert f"{copied} is already at step 60" in message
+        assert "--max-steps" in message
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,8 @@ def test_other_settings(
     copied: Path, flags: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(copied, [*flags, "--max-steps", "90"], capsys)
-    assert part in message and "max_steps" not in message
+    assert part in message
+    assert "max_steps" not in message
 
 
 @pytest.mark.parametrize("name", ["training.safetensors", "model.safetensors", "state.json"])
@@ -210,7 +214,8 @@ def test_a_damaged_checkpoint(
     contents = {"cut": content[: len(content) // 2], "empty": b"", "noise": b"\xff\x80\x04."}
     file.write_bytes(contents[damage])
     message = refused(copied, ["--max-steps", "90"], capsys)
-    assert str(file) in message and "damaged" in message
+    assert str(file) in message
+    assert "damaged" in message
 
 
 def test_a_missing_part_of_a_checkpoint(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,13 @@ def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
 def test_cosine_reaches_zero_at_the_end() -> None:
     found = rates([0, 25, 50, 75, 99, 100, 150], schedule="cosine")
     half = math.sqrt(0.5)
-    expected = [0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half), 0.05 * (1 - math.cos(math.pi / 100))]
+    expected = [
+        0.1,
+        0.05 * (1 + half),
+        0.05,
+        0.05 * (1 - half),
+        0.05 * (1 - math.cos(math.pi / 100)),
+    ]
     assert found[:5] == pytest.approx(expected)
     assert found[5] == found[6] == pytest.approx(0.0, abs=1e-12)
     # After a warm-up the half cosine takes the steps that are left.

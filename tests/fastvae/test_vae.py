@@ -1,4 +1,4 @@
-"""The model: its terms against torch.distributions and numerical integrals, its shapes, its files."""
+"""The model: its terms against torch.distributions and integrals, its shapes, its files."""
 
 import json
 import math
@@ -67,7 +67,8 @@ def test_every_image_size(network: str, image_shape: ImageShape, likelihood: Any
     assert (terms.kl >= 0).all()
     terms.elbo.sum().backward()
     for name, parameter in vae.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
     q = vae.encode(x)
     assert q.mu.shape == q.logvar.shape == (3, 5)
     assert torch.allclose(q.std, q.logvar.exp().sqrt())
@@ -143,9 +144,7 @@ def test_impossible_sizes(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "gaussian"])
 @pytest.mark.parametrize("network", ["mlp", "conv"])
-def test_terms_against_torch_distributions(
-    network: str, kind: str, offset: int, seed: int
-) -> None:
+def test_terms_against_torch_distributions(network: str, kind: str, offset: int, seed: int) -> None:
     """In float64, with the same noise: which draws are made is part of what is promised."""
     likelihood = Gaussian(0.2) if kind == "gaussian" else Bernoulli(kind)  # type: ignore[arg-type]
     vae = rough(make_vae(network, (1, 7, 5), likelihood))
@@ -175,7 +174,8 @@ def test_terms_against_torch_distributions(
         p = distributions.Bernoulli(logits=parameters)
     nll = -p.log_prob(values).flatten(1).sum(1)
 
-    assert kl.min() > 0.1 and nll.min() > 1
+    assert kl.min() > 0.1
+    assert nll.min() > 1
     torch.testing.assert_close(terms.kl.double(), kl, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(terms.nll.double(), nll, rtol=1e-5, atol=1e-4)
     assert torch.equal(vae.elbo(x, seed=seed, offset=offset), terms.elbo)
@@ -250,7 +250,9 @@ def test_samples_are_what_the_seed_says() -> None:
     mean = gaussian.sample(4, seed=11)
     assert torch.equal(mean, gaussian.decoder(z))
     noisy = gaussian.sample(4, seed=11, noise_in_x=True)
-    expected = mean + gaussian.likelihood.logvar.exp().sqrt() * normal((4, 1, 8, 8), 11 ^ LIKELIHOOD)
+    expected = mean + gaussian.likelihood.logvar.exp().sqrt() * normal(
+        (4, 1, 8, 8), 11 ^ LIKELIHOOD
+    )
     torch.testing.assert_close(noisy, expected)
 
 
@@ -259,11 +261,13 @@ def test_sampling_without_a_seed() -> None:
     one = vae.sample(2, generator=torch.Generator().manual_seed(4))
     same = vae.sample(2, generator=torch.Generator().manual_seed(4))
     other = vae.sample(2, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
     torch.manual_seed(0)
     first, second = vae.sample(2), vae.sample(2)
     torch.manual_seed(0)
-    assert torch.equal(first, vae.sample(2)) and not torch.equal(first, second)
+    assert torch.equal(first, vae.sample(2))
+    assert not torch.equal(first, second)
     assert not first.requires_grad
 
 
@@ -327,7 +331,8 @@ def test_saved_and_loaded(tmp_path: Path, network: str, likelihood: Likelihood) 
     loaded = VAE.from_pretrained(tmp_path / "model")
     assert not loaded.training
     written = json.loads((tmp_path / "model/config.json").read_text())
-    assert loaded.spec() == vae.spec() and written == json.loads(json.dumps(vae.spec()))
+    assert loaded.spec() == vae.spec()
+    assert written == json.loads(json.dumps(vae.spec()))
     state, again = vae.state_dict(), loaded.state_dict()
     assert state.keys() == again.keys()
     assert all(torch.equal(state[name], again[name]) for name in state)
@@ -420,7 +425,9 @@ def test_a_name_that_is_not_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         VAE.from_pretrained("someone/something", local_files_only=True, cache_dir=tmp_path)
     message = str(caught.value)
-    assert "someone/something" in message and "no such folder" in message and "Hub" in message
+    assert "someone/something" in message
+    assert "no such folder" in message
+    assert "Hub" in message
     assert "\n" not in message
 
 

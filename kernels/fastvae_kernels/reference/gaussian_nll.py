@@ -39,9 +39,7 @@ def gaussian_nll_backward(
 
 
 def _standardized(error_BD: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """error / σ and 1 / σ. Divided before it is squared, since 1/σ² overflows long before; and
-    where there is no error, σ = 1 does as well as a σ whose inverse overflows."""
-    if logvar.dim() > 0:
-        logvar = torch.where(error_BD == 0, 0.0, logvar)
+    """error / σ and 1 / σ. Divided before it is squared: 1/σ² overflows below log σ² = −88, 1/σ
+    only below −177."""
     inverse_sigma = torch.exp(-0.5 * logvar)
     return error_BD * inverse_sigma, inverse_sigma

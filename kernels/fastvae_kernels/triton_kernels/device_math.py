@@ -60,6 +60,7 @@ def softplus_and_sigmoid(x):
 
 @triton.jit
 def standardized(error, logvar):
-    """error / σ and 1 / σ, as `fastvae_kernels.reference.gaussian_nll._standardized` does."""
+    """error / σ and 1 / σ. Divided before it is squared, since 1/σ² overflows long before; and
+    where there is no error, σ = 1 does as well as a σ whose inverse overflows."""
     inverse_sigma = tl.exp(-0.5 * tl.where(error == 0.0, 0.0, logvar))
     return error * inverse_sigma, inverse_sigma
