@@ -20,6 +20,7 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 25
 SECONDS_PER_ROUND = 0.004
+MOST_SECONDS = 0.3
 # What the hungriest rival keeps at once, in tensors like an input.
 TENSORS_ALIVE = 16
 
@@ -92,7 +93,7 @@ def check_parity(case: Case, computes: dict[str, Compute], inputs: Tensors) -> N
         outputs = compute(*inputs)
         assert all(y.isfinite().all() for y in outputs), f"{case}: {name} is not finite"
         kept = outputs[1:] if case.op.is_random else outputs
-        found[name] = list(kept)
+        found[name] = [y.detach() for y in kept]
         if kept and case.op.backward:
             found[name] += torch.autograd.grad([y.sum() for y in kept], leaves(inputs))
     for name, values in found.items():
@@ -141,5 +142,6 @@ def test_op(benchmark: Any, contest: Any, direction: str, rival: str) -> None:
     # The fastest of a few: a neighbour's burst of work must not decide how often a round calls.
     seconds = min(measure.seconds(call, 3, DEVICE) for _ in range(5))
     iterations = max(1, round(SECONDS_PER_ROUND / seconds))
+    rounds = max(5, min(ROUNDS, round(MOST_SECONDS / (iterations * seconds))))
     benchmark.group = f"{case}, {direction}, {DEVICE.type}"
-    benchmark.pedantic(call, rounds=ROUNDS, iterations=iterations, warmup_rounds=2)
+    benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=2)
