@@ -139,7 +139,8 @@ class VAE(
         if n < 1:
             raise UserError(f"sample(n) draws at least one image, got {n}")
         if seed is None:
-            seed = int(torch.randint(2**62, (), generator=generator).item())
+            where = generator.device if generator else torch.device("cpu")
+            seed = int(torch.randint(2**62, (), generator=generator, device=where).item())
         device = next(self.parameters()).device
         z = self.prior.sample(n, noise.stream(seed, noise.PRIOR), device)
         parameters = self._decoded(z)

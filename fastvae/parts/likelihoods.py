@@ -130,4 +130,6 @@ def binarize(x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
     """
     draws = uniform(tuple(x.shape), seed, offset=offset, device=x.device)
     # Compared as floats: 0 is never and 255 (or 1.0) always white, since the draws stay below 1.
-    return (draws * 255.0 < x.float()).float() if x.dtype == torch.uint8 else (draws < x).float()
+    if x.dtype == torch.uint8:
+        return (draws * 255.0 < x.float()).float()
+    return (draws < pixels(x)).float()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -84,7 +85,10 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     compiled, remark = should_compile(config, plan.steps - state["step"], device)
     if compiled:
         step_module.compile(fullgraph=True, dynamic=False)
-    model, optimizer = accelerator.prepare(step_module, optimizer)
+    with warnings.catch_warnings():
+        # New in PyTorch under another name, which Accelerate does not pass on yet.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, optimizer = accelerator.prepare(step_module, optimizer)
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -123,13 +123,14 @@ def test_killed_by_the_system(tmp_path: Path) -> None:
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL
     ) as process:
-        state = tmp_path / "killed/checkpoint/state.json"
-        while process.poll() is None and not (state.exists() and step_of(state.parents[1]) > 300):
+        lines = tmp_path / "killed/metrics.jsonl"
+        while process.poll() is None and not (
+            lines.exists() and lines.read_text().count("\n") > 40
+        ):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    killed_at = step_of(tmp_path / "killed")
-    assert 300 < killed_at < 2500
+    assert not (tmp_path / "killed/results.json").exists()
     straight = train(*flags, output=tmp_path / "straight")
     resume(tmp_path / "killed")
     assert_same_run(tmp_path / "killed", straight)

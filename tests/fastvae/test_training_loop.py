@@ -121,7 +121,7 @@ def test_the_results(trained: Trained) -> None:
     bits = -held_out["elbo"] / math.log(2) / 64 + 8
     assert held_out["bits_per_dim"] == pytest.approx(bits)
     assert found[MEASURED] > 0
-    assert found["seconds_to_first_step"] > 0
+    assert 0 <= found["seconds_to_first_step"] < 60
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert {"python", "fastvae", "accelerate", "numpy"} <= found["versions"].keys()
     hardware = found["hardware"]

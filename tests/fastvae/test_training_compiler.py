@@ -1,0 +1,63 @@
+"""Compiled or not: the same training; and machines where nothing can be compiled."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Trained
+from running import TINY, fastvae, metrics, results, run_process, weights
+
+from fastvae.config import Config
+from fastvae.training.compiler import WORTHWHILE_STEPS, should_compile
+
+CPU = torch.device("cpu")
+
+
+def test_short_runs_are_not_compiled() -> None:
+    assert should_compile(Config(compile="off"), 10**6, CPU) == (False, "")
+    compiled, remark = should_compile(Config(), WORTHWHILE_STEPS - 1, CPU)
+    assert not compiled
+    assert f"{WORTHWHILE_STEPS - 1} steps" in remark
+    assert "--compile on" in remark
+    assert "\n" not in remark
+
+
+def test_compiled_training_agrees(trained: Trained, tmp_path: Path) -> None:
+    flags = [flag for flag in TINY if flag not in ("--compile", "off")]
+    process = fastvae("train", *flags, "--compile", "on", "--output", "run", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    run = tmp_path / "run"
+    assert results(run)["compiled"]
+    assert "not compiled" not in process.stderr
+    for a, b in zip(metrics(run), metrics(trained.run), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    expected = weights(trained.run)
+    assert weights(run).keys() == expected.keys()
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("choice", ["auto", "on"])
+def test_without_a_compiler(choice: str, tmp_path: Path) -> None:
+    """Nothing is on the path, and what CXX names is not there."""
+    flags = [flag for flag in TINY if flag not in ("--compile", "off")]
+    program = (
+        "import fastvae.training.compiler as compiler, sys; compiler.WORTHWHILE_STEPS = 5; "
+        "from fastvae.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "train", *flags, "--compile", choice]
+    nothing = {"PATH": str(tmp_path / "nothing"), "CXX": str(tmp_path / "nothing/g++")}
+    process = run_process([*command, "--output", "run"], tmp_path, **nothing)
+    assert "Traceback" not in process.stderr
+    telling = [line for line in process.stderr.splitlines() if "ompile" in line]
+    assert len(telling) == 1
+    assert "torch.compile does not work here: " in telling[0]
+    if choice == "auto":
+        assert process.returncode == 0
+        assert not results(tmp_path / "run")["compiled"]
+        assert len(process.stderr.splitlines()) <= 8
+    else:
+        assert process.returncode == 2
+        assert telling[0].startswith("fastvae train: --compile on: ")
+        assert not (tmp_path / "run").exists()
