@@ -1,5 +1,6 @@
 """The command line: flags to typed values, errors to one readable message."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,31 +46,25 @@ def train_command(arguments: Sequence[str]) -> None:
 
 def _base(arguments: Sequence[str]) -> TrainArguments:
     """The settings that the other flags start from: a saved run's, a file's, or a preset's."""
-
-    def value_of(flag: str) -> str | None:
-        for given, following in zip(arguments, [*arguments[1:], None], strict=True):
-            if given == flag:
-                return following
-            if given.startswith(f"{flag}="):
-                return given.split("=", 1)[1]
-        return None
-
-    chosen = {flag: value_of(f"--{flag}") for flag in ("preset", "config", "resume")}
-    given = [f"--{flag}" for flag, value in chosen.items() if value is not None]
+    parser = argparse.ArgumentParser(prog="fastvae train", add_help=False, allow_abbrev=False)
+    for flag in ("--preset", "--config", "--resume"):
+        parser.add_argument(flag)
+    chosen, _ = parser.parse_known_args(arguments)
+    given = [f"--{flag}" for flag, value in vars(chosen).items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each choose the settings to start from: give one")
-    if chosen["resume"] is not None:
-        run = Path(chosen["resume"])
+    if chosen.resume is not None:
+        run = Path(chosen.resume)
         return TrainArguments(resume=run, settings=replace(read_config(run), output=run))
-    if chosen["config"] is not None:
-        path = Path(chosen["config"])
+    if chosen.config is not None:
+        path = Path(chosen.config)
         if not path.is_file():
             raise UserError(f"--config {path}: there is no such file")
         # Another run's folder is not this one's.
         return TrainArguments(
             config=path, settings=replace(from_json(path.read_text(), str(path)), output=None)
         )
-    name = chosen["preset"] or DEFAULT_PRESET
+    name = chosen.preset or DEFAULT_PRESET
     return TrainArguments(preset=name, settings=preset(name))
 
 

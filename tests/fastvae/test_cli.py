@@ -266,3 +266,20 @@ def test_scripts_and_launchers_do_the_same(trained: Trained, tmp_path: Path) -> 
         for file in ("checkpoint/model.safetensors", "checkpoint/training.safetensors"):
             assert (tmp_path / name / file).read_bytes() == (trained.run / file).read_bytes()
         assert metrics(tmp_path / name) == metrics(trained.run)
+
+
+def test_the_default_job(tmp_path: Path) -> None:
+    """No flag at all: the embedded digits, learned well enough to look like digits."""
+    process = fastvae("train", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    run = tmp_path / "runs/digits-mlp"
+    assert f"results: {run.relative_to(tmp_path)}/" in process.stderr
+    assert {file.name for file in run.glob("*.png")} == {
+        "samples.png",
+        "reconstructions.png",
+        "curves.png",
+    }
+    lines = [line for line in metrics(run) if "heldout_elbo" in line]
+    # A model that has learned nothing but the mean and the variance of the pixels stays below 0.
+    assert lines[-1]["heldout_elbo"] > 25
+    assert lines[-1]["heldout_kl"] > 8

@@ -129,9 +129,7 @@ def test_pixels_of_an_unknown_scale(likelihood: Likelihood) -> None:
     """0 to 255 in another type than uint8 would silently be read as 0 to 1."""
     vae, x = make_vae(likelihood=likelihood), grey_images(2, (1, 8, 8))
     for use in (vae.elbo, vae.encode, vae.reconstruct):
-        with pytest.raises(
-            UserError, match=r"uint8, bool, or floating .* got torch\.int64"
-        ):
+        with pytest.raises(UserError, match=r"uint8, bool, or floating .* got torch\.int64"):
             use(x.long())
     white = x > 127
     for alike in (white.float(), white.double(), white.to(torch.uint8) * 255):
