@@ -206,3 +206,26 @@ OPS = (
         dtypes=(torch.float32,),
     ),
 )
+
+
+def leaves(inputs: Tensors) -> list[Tensor]:
+    """The inputs that get a gradient."""
+    return [x for x in inputs if x.requires_grad]
+
+
+def check_agreement(title: str, op: Op, computes: dict[str, Compute], inputs: Tensors) -> None:
+    """On these very inputs: everything that is not drawn, and its gradients."""
+    found = {}
+    for name, compute in computes.items():
+        outputs = compute(*inputs)
+        assert all(y.isfinite().all() for y in outputs), f"{title}: {name} is not finite"
+        kept = outputs[1:] if op.is_random else outputs
+        found[name] = [y.detach() for y in kept]
+        if kept and op.backward:
+            grads = torch.autograd.grad([y.sum() for y in kept], leaves(inputs))
+            found[name] += [g.detach() for g in grads]
+    for name, values in found.items():
+        for got, wanted in zip(values, found["pytorch"], strict=True):
+            tolerance = 1e-4 if got.dtype == torch.float32 else 2e-2
+            error = float((got - wanted).abs().max() / wanted.abs().max())
+            assert error < tolerance, f"{title}: {name} differs from eager PyTorch by {error:.3g}"

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from measure import Call, Timing, graphed, interleaved, rotating, synchronize
-from op_cases import OPS, Compute, Op, Tensors
+from op_cases import OPS, Compute, Op, Tensors, check_agreement, leaves
 from settings import Settings
-from torch import Tensor
 
 # Rows and columns, from latents of a few images to images by the ten thousand.
 SIZES = [
@@ -107,7 +106,7 @@ def _measure(case: Case, settings: Settings, copy_bytes_per_second: float) -> li
         "compiled": torch.compile(case.op.pytorch, fullgraph=True, dynamic=False),
         "fastvae": case.op.fastvae,
     }
-    _check_agreement(case, computes, inputs[0])
+    check_agreement(str(case), case.op, computes, inputs[0])
     rows = []
     for direction in DIRECTIONS if case.op.backward else DIRECTIONS[:1]:
         calls = {name: _calls(direction, f, inputs) for name, f in computes.items()}
@@ -196,37 +195,15 @@ def _forward(compute: Compute, inputs: Tensors) -> Call:
 
 
 def _backward(compute: Compute, inputs: Tensors) -> Call:
-    outputs, leaves = compute(*inputs), _leaves(inputs)
+    outputs, wanted = compute(*inputs), leaves(inputs)
     gradients = [torch.randn_like(y) for y in outputs]
-    return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+    return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
 
 
 def _forward_and_backward(compute: Compute, inputs: Tensors) -> Call:
-    leaves = _leaves(inputs)
+    wanted = leaves(inputs)
     gradients = [torch.randn_like(y) for y in compute(*inputs)]
-    return lambda: torch.autograd.grad(compute(*inputs), leaves, gradients)
-
-
-def _leaves(inputs: Tensors) -> list[Tensor]:
-    return [x for x in inputs if x.requires_grad]
-
-
-def _check_agreement(case: Case, computes: dict[str, Compute], inputs: Tensors) -> None:
-    """On these very inputs: everything that is not drawn, and its gradients."""
-    found = {}
-    for name, compute in computes.items():
-        outputs = compute(*inputs)
-        assert all(y.isfinite().all() for y in outputs), f"{case}: {name} is not finite"
-        kept = outputs[1:] if case.op.is_random else outputs
-        found[name] = [y.detach() for y in kept]
-        if kept and case.op.backward:
-            grads = torch.autograd.grad([y.sum() for y in kept], _leaves(inputs))
-            found[name] += [g.detach() for g in grads]
-    for name in ("compiled", "fastvae"):
-        for got, wanted in zip(found[name], found["pytorch"], strict=True):
-            tolerance = 1e-4 if got.dtype == torch.float32 else 2e-2
-            error = float((got - wanted).abs().max() / wanted.abs().max())
-            assert error < tolerance, f"{case}: {name} differs from eager PyTorch by {error:.3g}"
+    return lambda: torch.autograd.grad(compute(*inputs), wanted, gradients)
 
 
 def _ratio(timings: dict[str, Timing], rival: str) -> float:

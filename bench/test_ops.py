@@ -14,8 +14,7 @@ import fastvae_kernels as kernels
 import measure
 import pytest
 import torch
-from op_cases import OPS, Compute, Op, Tensors
-from torch import Tensor
+from op_cases import OPS, Compute, Op, Tensors, check_agreement, leaves
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 25
@@ -82,27 +81,6 @@ RIVALS = [
 ]
 
 
-def leaves(inputs: Tensors) -> list[Tensor]:
-    return [x for x in inputs if x.requires_grad]
-
-
-def check_parity(case: Case, computes: dict[str, Compute], inputs: Tensors) -> None:
-    """On these very inputs: what is not drawn, and its gradients. Compiles what is compiled."""
-    found = {}
-    for name, compute in computes.items():
-        outputs = compute(*inputs)
-        assert all(y.isfinite().all() for y in outputs), f"{case}: {name} is not finite"
-        kept = outputs[1:] if case.op.is_random else outputs
-        found[name] = [y.detach() for y in kept]
-        if kept and case.op.backward:
-            found[name] += torch.autograd.grad([y.sum() for y in kept], leaves(inputs))
-    for name, values in found.items():
-        for got, wanted in zip(values, found["pytorch"], strict=True):
-            tolerance = 1e-4 if got.dtype == torch.float32 else 2e-2
-            error = float((got - wanted).abs().max() / wanted.abs().max())
-            assert error < tolerance, f"{case}: {name} differs from stock PyTorch by {error:.3g}"
-
-
 @pytest.fixture(scope="module", params=cases(), ids=str)
 def contest(request: pytest.FixtureRequest) -> tuple[Case, Tensors, dict[str, Compute]]:
     """The rivals and what they are given, once they have been seen to agree."""
@@ -115,7 +93,7 @@ def contest(request: pytest.FixtureRequest) -> tuple[Case, Tensors, dict[str, Co
     torch.manual_seed(0)
     inputs = case.op.make(case.rows, case.columns, case.dtype, DEVICE)
     computes = rivals(case.op)
-    check_parity(case, computes, inputs)
+    check_agreement(str(case), case.op, computes, inputs)
     return case, inputs, computes
 
 

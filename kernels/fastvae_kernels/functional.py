@@ -55,7 +55,7 @@ def reparameterize_kl(
     offset_tensor = _int64_scalar("offset", offset, mu.device)
     if logvar is mu:
         # One tensor in two places loses half its gradient in some releases of PyTorch
-        # (pytorch issue 183604): give autograd two.
+        # (pytorch#183604): give autograd two.
         logvar = mu.view_as(mu)
     if _use_triton(impl, mu, logvar):
         return ops.reparameterize_kl(mu, logvar, seed_tensor, offset_tensor)
