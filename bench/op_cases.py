@@ -208,24 +208,53 @@ OPS = (
 )
 
 
+@dataclass(frozen=True)
+class Case:
+    """An operator at one size and dtype: what its rivals are compared on."""
+
+    op: Op
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        # An x, since pytest escapes a ×.
+        return f"{self.op.name}, {self.rows}x{self.columns}, {dtype_name(self.dtype)}"
+
+    def bytes(self, direction: str) -> int:
+        """The fewest bytes that this direction moves."""
+        parts = {"forward": self.op.forward, "backward": self.op.backward}
+        counted = [part for name, part in parts.items() if name in direction and part is not None]
+        return sum(part.of(self.rows, self.columns, self.dtype) for part in counted)
+
+    @property
+    def input_bytes(self) -> int:
+        return self.rows * self.columns * self.dtype.itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, bfloat16, …"""
+    return str(dtype).removeprefix("torch.")
+
+
 def leaves(inputs: Tensors) -> list[Tensor]:
     """The inputs that get a gradient."""
     return [x for x in inputs if x.requires_grad]
 
 
-def check_agreement(title: str, op: Op, computes: dict[str, Compute], inputs: Tensors) -> None:
+def check_agreement(case: Case, computes: dict[str, Compute], inputs: Tensors) -> None:
     """On these very inputs: everything that is not drawn, and its gradients."""
     found = {}
     for name, compute in computes.items():
         outputs = compute(*inputs)
-        assert all(y.isfinite().all() for y in outputs), f"{title}: {name} is not finite"
-        kept = outputs[1:] if op.is_random else outputs
+        assert all(y.isfinite().all() for y in outputs), f"{case}: {name} is not finite"
+        kept = outputs[1:] if case.op.is_random else outputs
         found[name] = [y.detach() for y in kept]
-        if kept and op.backward:
+        if kept and case.op.backward:
             grads = torch.autograd.grad([y.sum() for y in kept], leaves(inputs))
             found[name] += [g.detach() for g in grads]
     for name, values in found.items():
         for got, wanted in zip(values, found["pytorch"], strict=True):
             tolerance = 1e-4 if got.dtype == torch.float32 else 2e-2
             error = float((got - wanted).abs().max() / wanted.abs().max())
-            assert error < tolerance, f"{title}: {name} differs from eager PyTorch by {error:.3g}"
+            assert error < tolerance, f"{case}: {name} differs from eager PyTorch by {error:.3g}"

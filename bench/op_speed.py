@@ -3,13 +3,12 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 from measure import Call, Timing, graphed, interleaved, rotating, synchronize
-from op_cases import OPS, Compute, Op, Tensors, check_agreement, leaves
+from op_cases import OPS, Case, Compute, Tensors, check_agreement, dtype_name, leaves
 from settings import Settings
 
 # Rows and columns, from latents of a few images to images by the ten thousand.
@@ -32,33 +31,6 @@ MOST_INPUT_SETS = 256
 
 BACKENDS = ("pytorch", "compiled", "fastvae")
 DIRECTIONS = ("forward", "backward", "forward+backward")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of cells of the table."""
-
-    op: Op
-    rows: int
-    columns: int
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.op.name}, {self.rows} × {self.columns}, {dtype_name(self.dtype)}"
-
-    def bytes(self, direction: str) -> int:
-        """The fewest bytes that this direction moves."""
-        parts = {"forward": self.op.forward, "backward": self.op.backward}
-        counted = [part for name, part in parts.items() if name in direction and part is not None]
-        return sum(part.of(self.rows, self.columns, self.dtype) for part in counted)
-
-    @property
-    def input_bytes(self) -> int:
-        return self.rows * self.columns * self.dtype.itemsize
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def run(settings: Settings, copy_bytes_per_second: float) -> dict[str, Any]:
@@ -106,7 +78,7 @@ def _measure(case: Case, settings: Settings, copy_bytes_per_second: float) -> li
         "compiled": torch.compile(case.op.pytorch, fullgraph=True, dynamic=False),
         "fastvae": case.op.fastvae,
     }
-    check_agreement(str(case), case.op, computes, inputs[0])
+    check_agreement(case, computes, inputs[0])
     rows = []
     for direction in DIRECTIONS if case.op.backward else DIRECTIONS[:1]:
         calls = {name: _calls(direction, f, inputs) for name, f in computes.items()}

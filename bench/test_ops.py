@@ -7,14 +7,13 @@ drifts, `python bench/gpu.py --only ops` times them in interleaved rounds instea
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import fastvae_kernels as kernels
 import measure
 import pytest
 import torch
-from op_cases import OPS, Compute, Op, Tensors, check_agreement, leaves
+from op_cases import OPS, Case, Compute, Op, Tensors, check_agreement, leaves
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 25
@@ -22,18 +21,6 @@ SECONDS_PER_ROUND = 0.004
 MOST_SECONDS = 0.3
 # What the hungriest rival keeps at once, in tensors like an input.
 TENSORS_ALIVE = 16
-
-
-@dataclass(frozen=True)
-class Case:
-    op: Op
-    rows: int
-    columns: int
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.op.name}, {self.rows}x{self.columns}, {dtype}"  # pytest escapes a ×
 
 
 def cases() -> list[Case]:
@@ -93,7 +80,7 @@ def contest(request: pytest.FixtureRequest) -> tuple[Case, Tensors, dict[str, Co
     torch.manual_seed(0)
     inputs = case.op.make(case.rows, case.columns, case.dtype, DEVICE)
     computes = rivals(case.op)
-    check_agreement(str(case), case.op, computes, inputs)
+    check_agreement(case, computes, inputs)
     return case, inputs, computes
 
 
