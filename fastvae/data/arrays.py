@@ -3,7 +3,7 @@
 import gzip
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,33 @@ from fastvae.errors import UserError
 ENDINGS = (".npy", ".npz", ".safetensors")
 
 _PAIRS = (("x_train", "x_test"), ("train_images", "test_images"), ("train", "test"))
-_PAIR_LABELS = (("y_train", "y_test"), ("train_labels", "test_labels"))
+_PAIR_LABELS = (
+    ("y_train", "y_test"),
+    ("train_labels", "test_labels"),
+    ("train_targets", "test_targets"),
+)
 _IMAGES = ("images", "x", "data")
-_LABELS = ("labels", "y")
+_LABELS = ("labels", "y", "targets", "target")
 
 
-def read_array_file(path: Path, config: DataConfig) -> tuple[ImageSet, int | None]:
+def read_array_file(path: Path, config: DataConfig) -> list[ImageSet]:
     """Read images, and labels if there are any, from a .npy, .npz or .safetensors file.
 
     Images are `[N, H, W]`, `[N, H, W, 1|3]` or `[N, 1|3, H, W]`. Three dimensions are always many
     grey images, never one in colour; where four can be read both ways, as in `[N, 3, 8, 3]`, the
     channels are the last. They are uint8, bool (True is white) or floating point in [0, 1], and
-    become uint8 or float32 `[N, C, H, W]`. Labels are integers `[N]` or `[N, 1]`; with a pair of
-    image arrays they count only if both have them.
+    become uint8 or float32 `[N, C, H, W]`. Labels are `[N]` or `[N, 1]`: integers are classes,
+    floating point real targets.
 
-    Returns all images and, if the file holds a pair such as `x_train` and `x_test`, how many of
-    them, from the first, are for training. Raises UserError for other content; nothing is ever
-    unpickled, and nothing rescaled.
+    Returns the training and the test images if the file holds a pair such as `x_train` and
+    `x_test`, with the labels that each of them has, else all images. Raises UserError for other
+    content; nothing is ever unpickled, and nothing rescaled.
     """
     with _named_errors(path), _open_arrays(path) as arrays:
         image_keys, label_keys = _choose_keys(path, arrays)
         where = {key: f"{path}, array {key!r}" if key else str(path) for key in arrays}
         parts = [_to_images(arrays[key], where[key]) for key in image_keys]
-        labels = [_to_labels(arrays[key], where[key]) for key in label_keys]
+        labels = [key if key is None else _to_labels(arrays[key], where[key]) for key in label_keys]
     parts = [fit_images(part, config) for part in parts]
     if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
         described = " and ".join(
@@ -53,9 +57,7 @@ def read_array_file(path: Path, config: DataConfig) -> tuple[ImageSet, int | Non
             for key, part in zip(image_keys, parts, strict=True)
         )
         raise UserError(f"{path}: training and test images must be alike, got {described}")
-    images = torch.cat(parts) if len(parts) > 1 else parts[0]
-    whole = ImageSet(images, torch.cat(labels) if labels else None, str(path))
-    return whole, len(parts[0]) if len(parts) > 1 else None
+    return [ImageSet(part, y, str(path)) for part, y in zip(parts, labels, strict=True)]
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
@@ -129,29 +131,23 @@ def _open_arrays(path: Path) -> Iterator[Mapping[str, Any]]:
             yield loaded
 
 
-def _choose_keys(path: Path, arrays: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The names of the image arrays (one, or training and test) and of their labels (or none)."""
+def _choose_keys(path: Path, arrays: Mapping[str, Any]) -> tuple[list[str], list[str | None]]:
+    """The names of the image arrays (one, or training and test) and of the labels of each."""
     keys = list(arrays)
-    pair = _first_present(_PAIRS, keys)
+    pair = next(((a, b) for a, b in _PAIRS if a in keys and b in keys), None)
     if pair is not None:
-        labels = _first_present(_PAIR_LABELS, keys)
-        return list(pair), list(labels or ())
-    label = [key for key in _LABELS if key in keys][:1]
+        names = next((names for names in _PAIR_LABELS if names[0] in keys), (None, None))
+        return list(pair), [name if name in keys else None for name in names]
+    label = next((key for key in _LABELS if key in keys), None)
     others = [key for key in keys if key not in _LABELS]
     images = [key for key in _IMAGES if key in keys] or (others if len(others) == 1 else [])
     if images:
-        return images[:1], label
+        return images[:1], [label]
     shown = ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
     raise UserError(
         f"{path}: which array holds the images? It has {shown or 'no array'}. Name them "
         f"{', '.join(_IMAGES)}, or in pairs {'; '.join(f'{a} and {b}' for a, b in _PAIRS)}"
     )
-
-
-def _first_present(
-    pairs: tuple[tuple[str, str], ...], keys: Collection[str]
-) -> tuple[str, str] | None:
-    return next((pair for pair in pairs if pair[0] in keys and pair[1] in keys), None)
 
 
 def _to_images(array: NDArray[Any] | Tensor, where: str) -> Tensor:
@@ -201,16 +197,17 @@ def _to_floats(images: Tensor, where: str) -> Tensor:
 
 
 def _to_labels(array: NDArray[Any] | Tensor, where: str) -> Tensor:
-    """Integers [N] or [N, 1] -> int64 [N]"""
+    """Integers [N] or [N, 1] -> int64 [N]; floating point -> float32 [N]"""
     labels = _to_tensor(array, where)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim != 1 or labels.is_floating_point():
+    if labels.ndim != 1 or labels.is_complex():
         raise UserError(
             f"{where} is {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}. Labels "
-            "are whole numbers, one to an image: save them again as an integer array [N]"
+            "are one number to an image: save them again as an array [N], of integers for classes, "
+            "of floating point for real targets"
         )
-    return labels.to(torch.int64)
+    return labels.to(torch.float32 if labels.is_floating_point() else torch.int64)
 
 
 def _to_tensor(array: NDArray[Any] | Tensor, where: str) -> Tensor:
@@ -219,6 +216,6 @@ def _to_tensor(array: NDArray[Any] | Tensor, where: str) -> Tensor:
     if array.dtype.kind not in "biuf":
         raise UserError(
             f"{where} is of type {array.dtype}. Images are uint8, bool, or floating point from "
-            "0 to 1, and labels are whole numbers"
+            "0 to 1, and labels are numbers"
         )
     return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))

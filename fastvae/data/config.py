@@ -12,8 +12,9 @@ class DataConfig:
     """Where the images come from and what is done to them once, when they are read."""
 
     data: str = "digits"
-    """digits, mnist, fashion-mnist, cifar10, a folder of images, a folder or name that Hugging
-    Face datasets can load (Parquet, Arrow, a Hub name), or an .npy, .npz or .safetensors file."""
+    """digits, mnist, fashion-mnist, cifar10, a table (diabetes, breast-cancer, wine), a folder of
+    images, a folder or name that Hugging Face datasets can load (Parquet, Arrow, a Hub name), or an
+    .npy, .npz or .safetensors file."""
     data_dir: Path | None = None
     """Where mnist, fashion-mnist and cifar10 already lie or are downloaded to (default: data)."""
     download: bool = False
@@ -26,6 +27,10 @@ class DataConfig:
     """1 for grey, 3 for colour. None: grey if every image is grey, else colour."""
     holdout: float = 0.1
     """Share of the images held out for evaluation where the source has no test split."""
+    train_limit: int | None = None
+    """Train on the first so many training images only; None: all."""
+    heldout_limit: int | None = None
+    """Evaluate on the first so many held-out images only, for a quick look; None: all."""
 
     def __post_init__(self) -> None:
         if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
@@ -34,3 +39,9 @@ class DataConfig:
             )
         if not 0.0 < self.holdout < 1.0:
             raise UserError(f"--holdout is a share between 0 and 1, got {self.holdout}")
+        for flag, limit in (
+            ("train-limit", self.train_limit),
+            ("heldout-limit", self.heldout_limit),
+        ):
+            if limit is not None and limit < 1:
+                raise UserError(f"--{flag} is a number of images, 1 or more, got {limit}")

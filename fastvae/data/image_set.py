@@ -11,7 +11,7 @@ from fastvae.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and, where the source has them, their class labels.
+    """Images and, where the source has them, their labels: classes or real targets.
 
     N images, C channels, H height, W width. Raises UserError where a tensor is not as described.
     """
@@ -19,7 +19,8 @@ class ImageSet:
     images: Tensor
     """uint8 `[N, C, H, W]` in 0..255, or float32 `[N, C, H, W]` in [0, 1]."""
     labels: Tensor | None
-    """int64 `[N]`, none negative; None where the source has no labels."""
+    """int64 `[N]`, none negative: classes. float32 `[N]`, all finite: real targets, in the source's
+    unit. None where the source has no labels."""
     name: str
     """What the images are, for people: `mnist train`."""
 
@@ -42,12 +43,21 @@ class ImageSet:
                 )
         if labels is None:
             return
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        if labels.dtype not in (torch.int64, torch.float32) or labels.shape != images.shape[:1]:
             raise UserError(
-                f"{self.name}: labels must be int64 [{len(images)}], one to an image, "
+                f"{self.name}: labels must be int64 (classes) or float32 (real targets) "
+                f"[{len(images)}], one to an image, "
                 f"got {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
             )
-        if labels.min() < 0:
+        if labels.is_floating_point():
+            bad = labels.isfinite().logical_not().nonzero()
+            if len(bad):
+                raise UserError(
+                    f"{self.name}: real targets must be finite in float32, and {len(bad)} of "
+                    f"{len(labels)} are not, the first in row {bad[0].item()}: remove these rows, "
+                    "or save the targets in another unit"
+                )
+        elif labels.min() < 0:
             raise UserError(
                 f"{self.name}: labels must not be negative, the lowest is {labels.min().item()}"
             )
@@ -60,6 +70,13 @@ class ImageSet:
         """(C, H, W) of one image."""
         _, channels, height, width = self.images.shape
         return channels, height, width
+
+    @property
+    def num_classes(self) -> int | None:
+        """The highest class and one more; None without labels and with real targets."""
+        if self.labels is None or self.labels.is_floating_point():
+            return None
+        return int(self.labels.max()) + 1
 
     @property
     def nbytes(self) -> int:
@@ -77,3 +94,34 @@ class ImageSet:
         """The same images on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return ImageSet(self.images.to(device), labels, self.name)
+
+
+def join(parts: Sequence[ImageSet]) -> ImageSet:
+    """The images of all parts, one after the other, under the name of the first.
+
+    They must agree in type and `[C, H, W]`. Labels as `join_labels` has it.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    name = parts[0].name
+    labels = join_labels([part.labels for part in parts], name)
+    return ImageSet(torch.cat([part.images for part in parts]), labels, name)
+
+
+def join_labels(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
+    """Labels of all parts, one after the other; None unless every part has them.
+
+    Raises as `require_one_kind`.
+    """
+    require_one_kind(parts, name)
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if len(present) == len(parts) else None
+
+
+def require_one_kind(parts: Sequence[Tensor | None], name: str) -> None:
+    """Raise UserError, which begins with `name`, for classes in one part and targets in another."""
+    if len({part.dtype for part in parts if part is not None}) > 1:
+        raise UserError(
+            f"{name}: labels are whole numbers (classes) in one split and floating point (real "
+            "targets) in another. Save them as one type"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvae.data.config import DataConfig
 from fastvae.data.decode import Encoded, read_encoded
-from fastvae.data.image_set import ImageSet
+from fastvae.data.image_set import ImageSet, join_labels
 from fastvae.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ HELD_OUT = ("test", "validation", "val")
 """The split held out beside `train`: the first of these that there is."""
 
 _IMAGE_NAMES = ("image", "img", "images")
-_LABEL_NAMES = ("label", "labels", "fine_label")
+_LABEL_NAMES = ("label", "labels", "fine_label", "target", "targets")
 
 
 @contextmanager
@@ -38,9 +38,7 @@ def needs(package: str, source: str) -> Iterator[None]:
         ) from error
 
 
-def read_table_folder(
-    folder: Path, config: DataConfig, *, whole: bool
-) -> tuple[ImageSet, int | None]:
+def read_table_folder(folder: Path, config: DataConfig, *, whole: bool) -> list[ImageSet]:
     """Read a folder of Parquet or Arrow files, or one that `save_to_disk` wrote.
 
     Returns and raises as `read_table` does. Parquet is copied once into the cache of datasets.
@@ -57,15 +55,17 @@ def read_table_folder(
 
 def read_table(
     loaded: "Dataset | DatasetDict", source: str, config: DataConfig, *, whole: bool
-) -> tuple[ImageSet, int | None]:
+) -> list[ImageSet]:
     """Decode what datasets loaded to uint8 `[N, C, H, W]`.
 
-    Labels come from the column `label`, `labels` or `fine_label`, else from the only ClassLabel
-    column; they are None where a row has none (null, or negative as is the custom on the Hub).
+    Labels come from the first column of numbers called `label`, `labels`, `fine_label`, `target`
+    or `targets`, else from the only ClassLabel column. Whole numbers are classes, floating point
+    is real targets. The labels of a split are None where one of its rows has none (null, or a
+    negative class as is the custom on the Hub).
 
-    Returns the images of all splits if `whole`; otherwise those of `train` and then of the first
-    of `test`, `validation`, `val`, with the number of the training images, or those of the one
-    split and None. Raises UserError without a single column of images, and for a damaged image.
+    Returns the images of all splits if `whole`, as one; otherwise those of `train` and those of the
+    first of `test`, `validation`, `val`, or those of the one split. Raises UserError without a
+    single column of images, and for a damaged image.
     """
     splits = dict(loaded) if isinstance(loaded, Mapping) else {"all": loaded}
     if not whole:
@@ -75,9 +75,12 @@ def read_table(
         raise UserError(f"{source}: there is no row in it")
     first = next(iter(splits.values()))
     images = _read_images(splits, _image_column(first, source), source, config)
-    labels = _read_labels(splits, _label_column(first))
-    train_count = len(splits["train"]) if not whole and len(splits) == 2 else None
-    return ImageSet(images, labels, source), train_count
+    label_column = _label_column(first)
+    labels = [_read_labels(split, label_column) for split in splits.values()]
+    if whole:
+        return [ImageSet(images, join_labels(labels, source), source)]
+    parts = images.split([len(split) for split in splits.values()])
+    return [ImageSet(part, y, source) for part, y in zip(parts, labels, strict=True)]
 
 
 def first_line(error: Exception) -> str:
@@ -112,11 +115,12 @@ def _image_column(split: "Dataset", source: str) -> str:
 
 
 def _label_column(split: "Dataset") -> str | None:
-    from datasets import ClassLabel
+    from datasets import ClassLabel, Value
 
     features = split.features
     for name in _LABEL_NAMES:
-        if name in features and "int" in str(getattr(features[name], "dtype", "")):
+        kind = features.get(name)
+        if isinstance(kind, ClassLabel | Value) and kind.dtype.startswith(("int", "uint", "float")):
             return name
     classes = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     return classes[0] if len(classes) == 1 else None
@@ -150,11 +154,14 @@ def _read_images(
     return read_encoded(starts[-1], item, where, config)
 
 
-def _read_labels(splits: "dict[str, Dataset]", column: str | None) -> Tensor | None:
-    if column is None:
+def _read_labels(split: "Dataset", column: str | None) -> Tensor | None:
+    """int64 or float32 [N], or None where a row has none"""
+    if column is None or column not in split.features:
         return None
-    parts = [split.with_format("arrow")[:][column] for split in splits.values()]
-    if any(part.null_count for part in parts):
+    values = split.with_format("arrow")[:][column]
+    if values.null_count:
         return None
-    labels = torch.from_numpy(np.concatenate([part.to_numpy() for part in parts]).astype(np.int64))
-    return None if (labels < 0).any() else labels
+    labels = values.to_numpy()
+    if labels.dtype.kind == "f":
+        return torch.from_numpy(labels.astype(np.float64)).to(torch.float32)
+    return None if (labels < 0).any() else torch.from_numpy(labels.astype(np.int64))

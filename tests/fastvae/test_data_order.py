@@ -30,7 +30,8 @@ def test_batches_span_epochs_and_lose_nothing(size: int, batch: int) -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
 def test_slices_of_processes_tile_the_batch(processes: int, accumulation: int) -> None:
-    images = ImageSet(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1), None, "numbers")
+    numbers = torch.arange(50)
+    images = ImageSet(numbers.to(torch.uint8).view(50, 1, 1, 1), numbers / 2, "numbers")
     part, batch = 3, 3 * processes * accumulation
     whole = Feed(images, 9, torch.device("cpu"))
     for step in (0, 1, 7):
@@ -40,7 +41,13 @@ def test_slices_of_processes_tile_the_batch(processes: int, accumulation: int) -
             for index in range(accumulation):
                 position = step * batch + process * part * accumulation + index * part
                 pieces.append(feed.batch(position, part))
-        assert torch.equal(torch.cat(pieces), whole.batch(step * batch, batch))
+        x, labels, indices = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        for tiled, at_once in zip(
+            (x, labels, indices), whole.batch(step * batch, batch), strict=True
+        ):
+            assert torch.equal(tiled, at_once)
+        # What belongs to one row stays together.
+        assert torch.equal(x.flatten().long(), indices) and torch.equal(labels, indices / 2)
 
 
 def test_going_back_gives_the_same() -> None:

@@ -1,0 +1,60 @@
+"""Data sets that come with scikit-learn: handwritten digits, and tables of numbers."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastvae.data import decode
+from fastvae.data.config import DataConfig
+from fastvae.data.image_set import ImageSet
+from fastvae.data.tables import needs
+from fastvae.errors import UserError
+
+_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "diabetes": ("load_diabetes", {"scaled": False}),
+    "breast-cancer": ("load_breast_cancer", {}),
+    "wine": ("load_wine", {}),
+}
+
+TABLE_NAMES = tuple(_TABLES)
+"""What `read_number_table` reads."""
+
+
+def read_digits(config: DataConfig) -> list[ImageSet]:
+    """1,797 grey digits, uint8 `[N, 1, 8, 8]` before `config` resizes them, with classes 0 to 9."""
+    digits = _datasets("digits").load_digits()
+    images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(digits.target).to(torch.int64)
+    return [ImageSet(decode.fit_images(images, config), labels, "digits")]
+
+
+def read_number_table(config: DataConfig) -> list[ImageSet]:
+    """Rows of F features as images of one line: float32 `[N, 1, 1, F]` in [0, 1].
+
+    Each feature is scaled by its lowest and highest value in the whole table. These are constants
+    of a table that never changes, hold nothing of the labels, and leave no held-out value outside
+    [0, 1]. Labels are int64 classes, or float32 targets in their unit. Raises UserError where
+    `config` asks for another size or for colour.
+    """
+    function, options = _TABLES[config.data]
+    table = getattr(_datasets(config.data), function)(**options)
+    low, high = table.data.min(axis=0), table.data.max(axis=0)
+    rows = ((table.data - low) / (high - low)).astype(np.float32)[:, None, None]
+    width = rows.shape[-1]
+    if config.image_size not in ((), (1, width)) or config.channels == 3:
+        raise UserError(
+            f"{config.data} is a table of numbers: each row is a grey image of 1 x {width} (height "
+            "x width), one pixel to a feature, and can be neither resized nor coloured. Leave out "
+            "--image-size and --channels"
+        )
+    real = table.target.dtype.kind == "f"
+    labels = torch.from_numpy(table.target).to(torch.float32 if real else torch.int64)
+    return [ImageSet(torch.from_numpy(rows), labels, config.data)]
+
+
+def _datasets(source: str) -> ModuleType:
+    with needs("scikit-learn", source):
+        import sklearn.datasets
+    return sklearn.datasets
