@@ -6,35 +6,13 @@ vae = fastvae.VAE.from_pretrained("runs/digits-mlp")
 images = vae.sample(64, seed=0)
 """
 
+from fastvae.batch import Batch
 from fastvae.errors import UserError
-from fastvae.parts import (
-    Bernoulli,
-    BetaELBO,
-    ConvDecoder,
-    ConvEncoder,
-    DiagonalGaussian,
-    Gaussian,
-    MLPDecoder,
-    MLPEncoder,
-    StandardNormal,
-    Terms,
-)
+from fastvae.parts import *  # noqa: F403
+from fastvae.parts import __all__ as _parts
+from fastvae.refinement import Refinement
 from fastvae.vae import VAE, build_vae
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "VAE",
-    "Bernoulli",
-    "BetaELBO",
-    "ConvDecoder",
-    "ConvEncoder",
-    "DiagonalGaussian",
-    "Gaussian",
-    "MLPDecoder",
-    "MLPEncoder",
-    "StandardNormal",
-    "Terms",
-    "UserError",
-    "build_vae",
-]
+__all__ = ["VAE", "Batch", "Refinement", "UserError", "build_vae", *_parts]

@@ -3,44 +3,135 @@
 from typing import Any
 
 from fastvae.config import ModelConfig, ObjectiveConfig
-from fastvae.parts import BetaELBO, DiagonalGaussian
-from fastvae.parts.networks import ImageShape
+from fastvae.data import ImageSet
+from fastvae.errors import UserError
+from fastvae.parts.objectives import Objective
+from fastvae.parts.spec import build_part
+from fastvae.refinement import Refinement
 from fastvae.vae import VAE, build_vae
 
+TABLE_STEPS = 200
 
-def build_model(config: ModelConfig, image_shape: ImageShape) -> VAE:
-    """The model, with fresh weights from torch's global generator."""
-    networks = {"image_shape": image_shape, "activation": config.activation}
-    widths = {"widths": config.widths} if config.network == "conv" else {}
-    back_widths = {"widths": config.widths[::-1]} if config.network == "conv" else {}
-    likelihoods: dict[str, dict[str, Any]] = {
-        "bernoulli": {"binarize": config.binarization},
-        "gaussian": {} if config.variance == "learned" else {"variance": config.variance},
+
+def build_model(config: ModelConfig, train_set: ImageSet) -> VAE:
+    """The model, with fresh weights from torch's global generator.
+
+    Of the training set are used: the images' shape, their number (for a table), the number of
+    classes (for a conditional model) and a few images (where a VampPrior starts).
+    """
+    vae = build_vae(model_spec(config, train_set))
+    if initialize := getattr(vae.prior, "initialize_from", None):
+        initialize(train_set.images[:: max(1, len(train_set) // config.prior_components)])
+    return vae
+
+
+def model_spec(config: ModelConfig, train_set: ImageSet) -> dict[str, Any]:
+    """What `build_vae` makes the model from; JSON but for its tuples."""
+    image_shape, latent_dim = train_set.image_shape, config.latent_dim
+    num_classes = 0
+    if config.conditional:
+        if train_set.num_classes is None:
+            raise UserError(
+                f"--conditional needs images with class labels, and {train_set.name} has none"
+            )
+        num_classes = train_set.num_classes
+
+    posteriors: dict[str, dict[str, Any]] = {
+        "diagonal-gaussian": {"scale": config.posterior_scale},
+        "deterministic": {},
+        "inverse-autoregressive": {"latent_dim": latent_dim, "layers": config.flow_layers},
     }
-    spec = {
+    priors: dict[str, dict[str, Any]] = {
+        "standard-normal": {"latent_dim": latent_dim},
+        "class-normal": {"latent_dim": latent_dim, "num_classes": num_classes},
+        "mixture": {"latent_dim": latent_dim, "components": config.prior_components},
+        "vamp": {"image_shape": image_shape, "components": config.prior_components},
+        "none": {},
+    }
+    posterior = {"name": config.posterior, **posteriors[config.posterior]}
+    likelihood = _likelihood_spec(config)
+    per_latent = build_part("posterior", posterior).statistics_per_latent
+    channels = build_part("likelihood", likelihood).parameter_channels(image_shape[0])  # type: ignore[operator]
+    shared: dict[str, Any] = {"image_shape": image_shape, "activation": config.activation}
+    if num_classes:
+        shared["condition_dim"] = num_classes
+    if config.network == "conv":
+        shared["pooling"] = config.pooling
+    encoder: dict[str, Any] = {"name": config.network, "hidden": config.hidden, **shared}
+    decoder: dict[str, Any] = {"name": config.network, "hidden": config.hidden[::-1], **shared}
+    if config.network == "conv":
+        encoder["widths"], decoder["widths"] = config.widths, config.widths[::-1]
+    outputs = per_latent * latent_dim  # type: ignore[operator]
+    if config.inference == "table":
+        encoder = {"name": "table", "rows": len(train_set), "outputs": outputs}
+    else:
+        encoder["outputs"] = outputs
+    refinement = None
+    if config.inference == "table" or config.refine_steps:
+        refinement = Refinement(config.refine_steps or TABLE_STEPS, config.refine_rate)._asdict()
+    return {
         "image_shape": image_shape,
-        "latent_dim": config.latent_dim,
-        "posterior": {"name": "diagonal-gaussian"},
-        "prior": {"name": "standard-normal", "latent_dim": config.latent_dim},
-        "encoder": {
-            "name": config.network,
-            "outputs": DiagonalGaussian.statistics_per_latent * config.latent_dim,
-            "hidden": config.hidden,
-            **widths,
-            **networks,
-        },
-        "decoder": {
-            "name": config.network,
-            "latent_dim": config.latent_dim,
-            "hidden": config.hidden[::-1],
-            **back_widths,
-            **networks,
-        },
-        "likelihood": {"name": config.likelihood, **likelihoods[config.likelihood]},
+        "latent_dim": latent_dim,
+        "num_classes": num_classes,
+        "refinement": refinement,
+        "posterior": posterior,
+        "prior": {"name": config.prior, **priors[config.prior]},
+        "encoder": encoder,
+        "decoder": {"latent_dim": latent_dim, "channels": channels, **decoder},
+        "likelihood": likelihood,
     }
-    return build_vae(spec)
 
 
-def build_objective(config: ObjectiveConfig, samples_per_epoch: int) -> BetaELBO:
-    """The objective, with its warm-up counted in samples."""
-    return BetaELBO(config.beta, round(config.kl_warmup_epochs * samples_per_epoch))
+def _likelihood_spec(config: ModelConfig) -> dict[str, Any]:
+    if config.likelihood == "gaussian":
+        by_variance: dict[Any, dict[str, Any]] = {
+            "learned": {"name": "gaussian", "variance": "learned"},
+            "optimal": {"name": "gaussian-optimal"},
+            "predicted": {"name": "gaussian-per-pixel", "min_std": config.min_std},
+        }
+        fixed = {"name": "gaussian", "variance": config.variance}
+        return by_variance.get(config.variance, fixed)
+    arguments: dict[str, dict[str, Any]] = {
+        "bernoulli": {"binarize": config.binarization},
+        "categorical": {"levels": config.levels},
+        "logistic-mixture": {"mixtures": config.mixtures},
+    }
+    return {"name": config.likelihood, **arguments[config.likelihood]}
+
+
+def build_objective(config: ObjectiveConfig, samples_per_epoch: int) -> Objective:
+    """The objective, with its epochs counted in samples."""
+
+    def samples(epochs: float) -> int:
+        return round(epochs * samples_per_epoch)
+
+    arguments: dict[str, dict[str, Any]] = {
+        "elbo": {
+            "beta": config.beta,
+            "warmup_samples": samples(config.kl_warmup_epochs),
+            "cycle_samples": samples(config.kl_cycle_epochs),
+            "free_bits": config.free_bits,
+            "capacity": config.capacity,
+            "capacity_samples": samples(config.capacity_epochs),
+            "num_samples": config.num_samples,
+        },
+        "importance-weighted": {
+            "num_samples": config.num_samples,
+            "groups": config.groups,
+            "elbo_share": config.elbo_share,
+            "doubly_reparameterized": config.gradient == "doubly-reparameterized",
+            "decoder_all": config.decoder_draws == "all",
+        },
+        "total-correlation": {
+            "dataset_size": samples_per_epoch,
+            "mutual_information": config.mutual_information_weight,
+            "total_correlation": config.total_correlation_weight,
+            "dimension_wise": config.dimension_weight,
+        },
+        "mmd": {
+            "mmd_weight": config.mmd_weight,
+            "beta": config.beta,
+            "num_samples": config.num_samples,
+        },
+    }
+    return build_part("objective", {"name": config.objective, **arguments[config.objective]})  # type: ignore[return-value]

@@ -84,6 +84,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "reconstruct": _typed(commands.reconstruct),
     "encode": _typed(commands.encode),
     "evaluate": _typed(commands.evaluate),
+    "score": _typed(commands.score),
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fastvae.combinations import why_impossible
 from fastvae.data.config import DataConfig
 from fastvae.errors import UserError
 from fastvae.parts.networks import ACTIVATIONS
@@ -22,24 +23,62 @@ def _require(condition: bool, flag: str, allowed: str, given: object) -> None:
 class ModelConfig:
     """Which parts the model is made of."""
 
+    target: Literal["images", "labels"] = "images"
+    """What is modelled: p(x), by a VAE, or p(y given x), by a network with random weights."""
     network: Literal["mlp", "conv"] = "mlp"
     """Fully connected, or convolutions that halve the image at each layer."""
     hidden: tuple[int, ...] = (400, 400)
     """Sizes of the hidden layers, from the image to the latents; the decoder mirrors them."""
     widths: tuple[int, ...] = (32, 64)
     """Channels of the convolutions, from the image to the latents (conv only)."""
+    pooling: bool = False
+    """Halve and double by pooling and repetition of pixels, not by strides (conv only)."""
     activation: Literal["relu", "silu", "gelu", "tanh"] = "relu"
     """Nonlinearity after each hidden layer."""
     latent_dim: int = 20
     """Number of latents."""
-    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
-    """p(x given z): binary pixels, or Gaussian pixels on [0, 1] with one variance for all."""
+    conditional: bool = False
+    """Condition encoder and decoder on the labels: q(z given x, y) and p(x given z, y)."""
+    inference: Literal["encoder", "table"] = "encoder"
+    """Who answers q(z given x): a network, or a table of parameters for each training image
+    (non-amortised inference; unseen images get theirs by --refine-steps of optimisation)."""
+    refine_steps: int = 0
+    """Steps of optimisation that improve each image's answer, in training and evaluation
+    (semi-amortised inference); with a table, those that unseen images get (0: 200)."""
+    refine_rate: float = 0.05
+    """Length of those steps, in units of the latents."""
+    posterior: Literal["diagonal-gaussian", "deterministic", "inverse-autoregressive"] = (
+        "diagonal-gaussian"
+    )
+    """q(z given x); deterministic is a plain autoencoder, inverse-autoregressive a flow."""
+    posterior_scale: Literal["logvar", "softplus"] = "logvar"
+    """What the encoder gives for σ: log σ², or σ before a softplus (diagonal-gaussian only)."""
+    flow_layers: int = 2
+    """Transformations of the inverse-autoregressive posterior."""
+    prior: Literal["standard-normal", "class-normal", "mixture", "vamp", "none"] = "standard-normal"
+    """p(z): N(0, I); a learned Gaussian for each class; a learned mixture; the encoder's answers to
+    learned pseudo-inputs; or none (deterministic only: nothing to sample from)."""
+    prior_components: int = 50
+    """Components of a mixture or vamp prior."""
+    likelihood: Literal["bernoulli", "gaussian", "categorical", "logistic-mixture"] = "bernoulli"
+    """p(x given z): binary pixels; Gaussian pixels on [0, 1]; a choice among integer levels; or a
+    mixture of discretised logistics (8-bit grey or colour)."""
     binarize: Literal["auto", "dynamic", "static", "none"] = "auto"
     """How grey pixels become binary for a Bernoulli likelihood: fresh draws each time an image is
     met, one draw for the whole run, or not at all (what is then reported is a cross-entropy and
-    no ELBO). auto: dynamic for bernoulli, none for gaussian."""
-    variance: Literal["learned"] | float = "learned"
-    """σ² of the gaussian likelihood: a number, or learned with the weights (gaussian only)."""
+    no ELBO). auto: dynamic for bernoulli, none for the others."""
+    variance: Literal["learned", "optimal", "predicted"] | float = "learned"
+    """σ² of the gaussian likelihood: a number, learned with the weights, the optimum for each
+    batch, or predicted by the decoder for each pixel."""
+    min_std: float = 0.05
+    """What σ stays above with --variance predicted, on the [0, 1] scale of the pixels: without a
+    floor, a pixel that never changes would let the density grow without end."""
+    levels: int = 256
+    """Steps into which a categorical likelihood cuts the 8-bit pixels."""
+    mixtures: int = 5
+    """Components of the logistic-mixture likelihood."""
+    weight_std: float = 1.0
+    """σ of the prior N(0, σ²) of each weight (--target labels only)."""
 
     def __post_init__(self) -> None:
         _require(self.latent_dim >= 1, "latent-dim", "at least 1", self.latent_dim)
@@ -49,9 +88,9 @@ class ModelConfig:
             self.network != "conv" or len(self.widths) > 0, "widths", "one or more sizes", "none"
         )
         _require(
-            self.variance == "learned" or 0 < self.variance < float("inf"),
+            isinstance(self.variance, str) or 0 < self.variance < float("inf"),
             "variance",
-            "learned or a positive number",
+            "learned, optimal, predicted or a positive number",
             self.variance,
         )
         _require(
@@ -60,9 +99,19 @@ class ModelConfig:
         _require(
             self.likelihood == "bernoulli" or self.binarize in ("auto", "none"),
             "binarize",
-            "auto or none with --likelihood gaussian (its pixels are not binary)",
+            f"auto or none with --likelihood {self.likelihood} (its pixels are not binary)",
             self.binarize,
         )
+        _require(self.refine_steps >= 0, "refine-steps", "0 or more", self.refine_steps)
+        _require(0 < self.refine_rate < float("inf"), "refine-rate", "positive", self.refine_rate)
+        _require(self.flow_layers >= 1, "flow-layers", "at least 1", self.flow_layers)
+        _require(
+            self.prior_components >= 1, "prior-components", "at least 1", self.prior_components
+        )
+        _require(0 < self.min_std < float("inf"), "min-std", "positive", self.min_std)
+        _require(2 <= self.levels <= 256, "levels", "in 2..256", self.levels)
+        _require(self.mixtures >= 1, "mixtures", "at least 1", self.mixtures)
+        _require(0 < self.weight_std < float("inf"), "weight-std", "positive", self.weight_std)
 
     @property
     def binarization(self) -> Literal["dynamic", "static", "none"]:
@@ -76,19 +125,64 @@ class ModelConfig:
 class ObjectiveConfig:
     """What is maximised."""
 
+    objective: Literal["elbo", "importance-weighted", "total-correlation", "mmd"] = "elbo"
+    """The ELBO and its weighted relatives, importance-weighted bounds, the KL in its three parts
+    (β-TCVAE), or a match of z to the prior by MMD (InfoVAE, WAE)."""
+    num_samples: int = 1
+    """S, draws of z for each image: averaged over, or weighted by an importance-weighted bound."""
     beta: float = 1.0
     """Weight of the KL term in the loss; 1 is the ELBO."""
     kl_warmup_epochs: float = 0.0
     """Epochs over which the weight of the KL term rises linearly from 0 to --beta."""
+    kl_cycle_epochs: float = 0.0
+    """Begin the warm-up again after so many epochs, and again (0: never)."""
+    free_bits: float = 0.0
+    """Nats that each latent may cost for nothing."""
+    capacity: float = 0.0
+    """Pull the KL to so many nats, with --beta as the force (0: off)."""
+    capacity_epochs: float = 0.0
+    """Epochs over which --capacity rises linearly from 0."""
+    groups: int = 1
+    """Cut the S draws into so many importance-weighted means (MIWAE)."""
+    elbo_share: float = 0.0
+    """Share of the ELBO in an importance-weighted objective, the rest is the bound's (CIWAE)."""
+    gradient: Literal["reparameterized", "doubly-reparameterized"] = "reparameterized"
+    """How an importance-weighted bound moves the encoder; doubly-reparameterized (DReG) has the
+    same mean with less noise."""
+    decoder_draws: Literal["group", "all"] = "group"
+    """all: the decoder follows one mean over all S draws, the encoder the groups' (PIWAE)."""
+    mutual_information_weight: float = 1.0
+    """Weight of I(x; z) in total-correlation."""
+    total_correlation_weight: float = 6.0
+    """Weight of the total correlation of z."""
+    dimension_weight: float = 1.0
+    """Weight of the KL of each latent's own distribution in total-correlation."""
+    mmd_weight: float = 10.0
+    """Weight of the MMD between z and the prior's draws."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.beta < float("inf"), "beta", "0 or more", self.beta)
+        for name in (
+            "beta",
+            "kl_warmup_epochs",
+            "kl_cycle_epochs",
+            "free_bits",
+            "capacity",
+            "capacity_epochs",
+            "mutual_information_weight",
+            "total_correlation_weight",
+            "dimension_weight",
+            "mmd_weight",
+        ):
+            value = getattr(self, name)
+            _require(0 <= value < float("inf"), name.replace("_", "-"), "0 or more", value)
+        _require(self.num_samples >= 1, "num-samples", "at least 1", self.num_samples)
         _require(
-            0 <= self.kl_warmup_epochs < float("inf"),
-            "kl-warmup-epochs",
-            "0 or more",
-            self.kl_warmup_epochs,
+            self.groups >= 1 and self.num_samples % self.groups == 0,
+            "groups",
+            f"a divisor of --num-samples {self.num_samples}",
+            self.groups,
         )
+        _require(0 <= self.elbo_share <= 1, "elbo-share", "in [0, 1]", self.elbo_share)
 
 
 @dataclass(frozen=True)
@@ -178,6 +272,8 @@ class Config:
         _require(self.log_every >= 1, "log-every", "at least 1", self.log_every)
         _require(self.eval_every > 0, "eval-every", "positive", self.eval_every)
         _require(self.checkpoint_every > 0, "checkpoint-every", "positive", self.checkpoint_every)
+        if reason := why_impossible(self):
+            raise UserError(reason)
 
     def to_json(self) -> str:
         """The whole configuration, as `from_json` and `--config` read it."""

@@ -6,31 +6,34 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
+from fastvae.batch import Batch
+from fastvae.data import ImageSet
 from fastvae.noise import derived_seed
-from fastvae.parts import Terms
+from fastvae.parts.terms import Terms
 from fastvae.vae import VAE
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over images, in nats. `is_density` is False where nll is only a cross-entropy."""
+    """Means over images, in nats. `is_density` is False where nll is only a cross-entropy,
+    `is_bound` where −(nll + kl) bounds no log p(x)."""
 
     images: int
     nll: float
     kl: float
     bits_per_dim: float | None
     is_density: bool
+    is_bound: bool
 
     @property
     def elbo(self) -> float:
-        """−(nll + kl): the ELBO, unless nll is only a cross-entropy."""
+        """−(nll + kl): the ELBO where it is a bound."""
         return -(self.nll + self.kl)
 
     def named(self) -> dict[str, Any]:
         """The values under their honest names (see `quantity_names`)."""
-        names = quantity_names(self.is_density)
+        names = quantity_names(self.is_density, self.is_bound)
         values = {
             names["elbo"]: self.elbo,
             names["nll"]: self.nll,
@@ -42,48 +45,58 @@ class Evaluation:
         return values
 
 
-def quantity_names(is_density: bool) -> dict[str, str]:
+def quantity_names(is_density: bool, is_bound: bool) -> dict[str, str]:
     """What the bound and the reconstruction term are called wherever they are shown.
 
     A Bernoulli likelihood of grey pixels is no density: its term is a cross-entropy and the sum
-    with the KL bounds no likelihood, so neither may carry the name of what it is not.
+    with the KL bounds no likelihood; nor does that of a deterministic posterior. Neither may carry
+    the name of what it is not.
     """
-    if is_density:
+    if is_bound:
         return {"elbo": "elbo", "nll": "nll"}
+    if is_density:
+        return {"elbo": "reconstruction_objective", "nll": "reconstruction_nll"}
     return {"elbo": "cross_entropy_objective", "nll": "cross_entropy"}
 
 
 @torch.no_grad()
 def evaluate(
     vae: VAE,
-    images: Tensor,
+    heldout: ImageSet,
     *,
     seed: int,
     accelerator: Accelerator | None = None,
     batch_size: int = 500,
 ) -> Evaluation:
-    """Mean nll and kl over `images` `[N, C, H, W]`, one draw of z for each.
+    """Mean nll and kl over a set, one draw of z for each image.
 
     Every image counts exactly once however many ranks share the work, and meets noise that is a
     function of (seed, its index) alone, so that one model always gets the same figures.
     """
     device = next(vae.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    first, last = len(images) * rank // world, len(images) * (rank + 1) // world
+    first, last = len(heldout) * rank // world, len(heldout) * (rank + 1) // world
     noise_seed = derived_seed("evaluation", seed)
     was_training = vae.training
     vae.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(first, last, batch_size):
-        batch = images[start : min(start + batch_size, last)].to(device)
-        terms: Terms = vae(batch, noise_seed, start)
-        sums += torch.stack([terms.nll.double().sum(), terms.kl.double().sum()])
+        part = heldout.select(slice(start, min(start + batch_size, last))).to(device)
+        terms: Terms = vae(Batch(part.images, part.labels), noise_seed, start)
+        sums += torch.stack([terms.nll.double().mean(0).sum(), terms.kl.double().sum()])
     vae.train(was_training)
     if accelerator:
         sums = accelerator.reduce(sums, reduction="sum")
-    nll, kl = (sums / len(images)).tolist()
+    nll, kl = (sums / len(heldout)).tolist()
     likelihood = vae.likelihood
+    # Bits of what was stored need a step of storage: floating values have none.
+    levels_unknown = heldout.images.is_floating_point()
     bits = (nll + kl) / (math.log(2) * math.prod(vae.image_shape)) + likelihood.bits_offset
     return Evaluation(
-        len(images), nll, kl, bits if likelihood.is_density else None, likelihood.is_density
+        len(heldout),
+        nll,
+        kl,
+        bits if vae.is_bound and not (likelihood.bits_offset and levels_unknown) else None,
+        is_density=likelihood.is_density,
+        is_bound=vae.is_bound,
     )

@@ -77,6 +77,11 @@ def load_model(run: Path, device: str = "auto") -> VAE:
     return VAE.from_pretrained(run, map_location=device)
 
 
+def load_vae(run: Path, device: str = "auto") -> VAE:
+    """The same, where only a VAE will do."""
+    return load_model(run, device)
+
+
 def data_like(run: Path) -> DataConfig:
     """How to read other images so that the run's model can take them: its size and channels."""
     config = read_config(run)

@@ -1,30 +1,44 @@
 """The model: one final class composed of parts."""
 
-import json
-import re
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from fastvae_kernels import Impl
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 # Imported for their registration as well.
-from fastvae import noise
+from fastvae import noise as streams
+from fastvae import saving
+from fastvae.batch import Batch
 from fastvae.errors import UserError
 from fastvae.parts import DiagonalGaussian, StandardNormal, Terms
+from fastvae.parts.latents import LatentGaussian
 from fastvae.parts.likelihoods import Likelihood
 from fastvae.parts.networks import ImageShape, pixels
-from fastvae.parts.posteriors import LatentGaussian, Posterior
+from fastvae.parts.posteriors import Posterior
 from fastvae.parts.priors import Prior
 from fastvae.parts.spec import CUSTOM, build_part, spec_of
+from fastvae.refinement import Refinement, refine
+from fastvae.saving import CONFIG_NAME
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 PART_KINDS = ("encoder", "decoder", "posterior", "prior", "likelihood")
+
+
+class Inferred(NamedTuple):
+    """What `VAE.infer` finds for a batch."""
+
+    x: Tensor
+    """The observed values, `[B, C, H, W]` float32."""
+    condition: Tensor | None
+    """The classes, `[B, num_classes]`."""
+    start: Tensor
+    """The encoder's statistics, `[B, …]`."""
+    statistics: Tensor
+    """The same after refinement; `start` itself without."""
+    first_gradient: Tensor | None
+    """The gradient of each row's loss at `start`; None without refinement."""
 
 
 @final
@@ -39,12 +53,18 @@ class VAE(
     Args:
         encoder: images `[B, C, H, W]` float32 in [0, 1] → statistics
             `[B, posterior.statistics_per_latent · latent_dim]`.
-        decoder: z `[B, latent_dim]` → parameters `[B, likelihood.outputs_per_value · C, H, W]`.
+        decoder: z `[B, latent_dim]` → parameters `[B, P, H, W]`, with
+            P = `likelihood.parameter_channels(C)`.
         likelihood: p(x | z), for instance `fastvae.Bernoulli()` or `fastvae.Gaussian()`.
         image_shape: (C, H, W).
         latent_dim: the number of latents.
         posterior: q(z | x); a diagonal Gaussian unless given.
         prior: p(z); standard normal unless given.
+        num_classes: 0, or K for a conditional model: q(z | x, y) and p(x | z, y). Encoder and
+            decoder then take y, float32 `[B, K]` with a 1 at each row's class, as second argument.
+        refinement: improve the encoder's answer for each image by so many steps of optimisation
+            (semi-amortised inference, Kim et al. 2018); how unseen images get theirs where the
+            encoder is a table.
         impl: which kernels: "auto", "triton" or "torch".
 
     Images are passed as they are stored: uint8, or floating in [0, 1].
@@ -60,6 +80,8 @@ class VAE(
         latent_dim: int,
         posterior: Posterior | None = None,
         prior: Prior | None = None,
+        num_classes: int = 0,
+        refinement: Refinement | None = None,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
@@ -69,58 +91,146 @@ class VAE(
             raise UserError(f"latent_dim is at least 1, got {latent_dim}")
         self.image_shape: ImageShape = tuple(image_shape)  # type: ignore[assignment]
         self.latent_dim = latent_dim
+        self.num_classes = num_classes
+        self.refinement = refinement
         self.impl: Impl = impl
         self.encoder = encoder
         self.posterior = DiagonalGaussian() if posterior is None else posterior
         self.prior = StandardNormal(latent_dim) if prior is None else prior
         self.decoder = decoder
         self.likelihood = likelihood
+        if getattr(self.prior, "needs_condition", False) and not num_classes:
+            raise UserError(
+                f"{type(self.prior).__name__} is a prior for each class: give the model num_classes"
+            )
+        if self.reads_index and refinement is None:
+            raise UserError("a table has no answer for unseen images: give the model a refinement")
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether −(nll + kl) bounds log p(x) from below."""
+        return self.likelihood.is_density and self.posterior.is_distribution
+
+    @property
+    def reads_index(self) -> bool:
+        """Whether the encoder is a table, that knows images by their place in the training set."""
+        return getattr(self.encoder, "reads_index", False)
 
     # ------------------------------------------------------------------ the terms of the bound
 
-    def forward(self, x: Tensor, seed: int | Tensor, offset: int | Tensor = 0) -> Terms:
-        """−log p(x | z) and KL(q ‖ p) of each image, for one draw of z.
+    def forward(
+        self,
+        x: Tensor | Batch,
+        seed: int | Tensor,
+        offset: int | Tensor = 0,
+        num_samples: int = 1,
+    ) -> Terms:
+        """−log p(x | z) and KL(q ‖ p) of each image, for `num_samples` draws of z.
 
         Args:
-            x: `[B, C, H, W]` uint8, or floating in [0, 1].
+            x: `[B, C, H, W]` uint8, or floating in [0, 1]; or a `Batch`, which a conditional model
+                needs for its labels.
             seed: the run's seed, an int or an int64 tensor of one element on `x`'s device.
             offset: the global position of the first image, likewise. All draws (of z, and of
                 zeros and ones where the likelihood binarises) are functions of both.
+            num_samples: S.
 
         Returns:
-            `Terms(nll, kl)`, each `[B]` float32 in nats.
+            `Terms`, float32 in nats: `nll` `[S, B]`, `kl` `[B]`, and what they were made from.
         """
-        x = self.likelihood.observe(x, noise.stream(seed, noise.OBSERVE), offset)
-        statistics = self._encoded(x)
-        z, kl = self.posterior.sample_kl(
-            statistics, self.prior, noise.stream(seed, noise.LATENT), offset, self.impl
-        )
-        return Terms(self.likelihood.nll(self._decoded(z), x, self.impl), kl)
+        batch = x if isinstance(x, Batch) else Batch(x)
+        found = self.infer(batch, seed, offset)
+        terms = self.terms(found.statistics, found.x, found.condition, seed, offset, num_samples)
+        if found.first_gradient is None:
+            return terms
+        # The decoder learns from the refined answer, the encoder from its own: 0 in value, the
+        # gradient of the loss where the search began (Krishnan et al. 2018, section 3).
+        learns = (found.start * found.first_gradient.detach()).sum(1)
+        return terms._replace(nll=terms.nll + (learns - learns.detach()))
 
-    def elbo(self, x: Tensor, *, seed: int | Tensor = 0, offset: int | Tensor = 0) -> Tensor:
+    def infer(self, batch: Batch, seed: int | Tensor, offset: int | Tensor = 0) -> "Inferred":
+        """The statistics of q for a batch, and the values and classes they were found for."""
+        x = self.likelihood.observe(batch.x, streams.stream(seed, streams.OBSERVE), offset)
+        condition = self.condition(batch.labels)
+        start = self._statistics(x, condition, batch.indices)
+        if self.refinement is None or (self.reads_index and batch.indices is not None):
+            return Inferred(x, condition, start, start, None)
+        statistics, first_gradient = self.refine(start, x, condition, seed, offset)
+        return Inferred(x, condition, start, statistics, first_gradient)
+
+    def terms(
+        self,
+        statistics: Tensor,
+        x: Tensor,
+        condition: Tensor | None,
+        seed: int | Tensor,
+        offset: int | Tensor = 0,
+        num_samples: int = 1,
+    ) -> Terms:
+        """The terms for given statistics of q `[B, …]` and observed values x `[B, C, H, W]`."""
+        p = self.prior_of(condition)
+        z, kl, q = self.posterior.draw(
+            statistics, p, num_samples, streams.stream(seed, streams.LATENT), offset, self.impl
+        )
+        parameters = self.parameters_of(z.flatten(0, 1), _repeated(condition, len(z)))
+        repeated = _repeated(x, len(z))
+        assert repeated is not None
+        nll = self.likelihood.nll(parameters, repeated, self.impl)
+        return Terms(nll.view(len(z), -1), kl, z, q, p)
+
+    def refine(
+        self,
+        statistics: Tensor,
+        x: Tensor,
+        condition: Tensor | None,
+        seed: int | Tensor,
+        offset: int | Tensor = 0,
+        plan: Refinement | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Better statistics for each image by optimising its ELBO from `statistics` on: see
+        `fastvae.refinement.refine`. `plan` is the model's own unless given."""
+        plan = plan or self.refinement
+        assert plan is not None
+
+        def loss(statistics: Tensor, seed: int | Tensor) -> Tensor:
+            return -self.terms(statistics, x, condition, seed, offset).elbo
+
+        return refine(loss, statistics, plan, seed)
+
+    def elbo(
+        self, x: Tensor | Batch, *, seed: int | Tensor = 0, offset: int | Tensor = 0
+    ) -> Tensor:
         """The evidence lower bound of each image, `[B]` float32 nats, from one draw of z.
 
         Of grey images under a `Bernoulli` likelihood that binarises dynamically, it is the bound
-        of one binary draw of each; under one that does not binarise, it bounds no likelihood.
+        of one binary draw of each; under one that does not binarise, or a deterministic posterior,
+        it bounds no likelihood.
         """
         return self(x, seed, offset).elbo
 
     # --------------------------------------------------------------------- using a trained model
 
-    def encode(self, x: Tensor) -> LatentGaussian:
-        """q(z | x) for images as they are: `mu` and `logvar`, each `[B, latent_dim]`.
+    def encode(
+        self, x: Tensor, labels: Tensor | None = None, index: Tensor | None = None
+    ) -> LatentGaussian:
+        """The mean and log-variance of q(z | x), each `[B, latent_dim]`, for images as they are.
 
         Nothing is drawn: grey pixels reach the encoder as grey, also where training binarised.
+        `labels` int64 `[B]` for conditional models; `index` for images of a table's training set.
         """
-        return self.posterior.distribution(self._encoded(pixels(x)))
+        x, condition = pixels(x), self.condition(labels, checked=True)
+        statistics = self._statistics(x, condition, index)
+        if self.refinement is not None and not (self.reads_index and index is not None):
+            statistics, _ = self.refine(statistics, x, condition, seed=0)
+        return self.posterior.moments(statistics)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[x | z]: `[B, latent_dim]` → float32 `[B, C, H, W]`."""
-        return self.likelihood.mean(self._decoded(z))
+        return self.likelihood.mean(self.parameters_of(z, self.condition(labels, checked=True)))
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[x | z] at the posterior mean of z: `[B, C, H, W]` → float32 of the same shape."""
-        return self.decode(self.encode(x).mu)
+        return self.decode(self.encode(x, labels).mu, labels)
 
     @torch.no_grad()
     def sample(
@@ -129,12 +239,14 @@ class VAE(
         *,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        noise_in_x: bool = False,
+        labels: Tensor | None = None,
+        noise: bool = False,
     ) -> Tensor:
-        """Draw n images: z ~ p(z), then E[x | z], or x ~ p(x | z) with `noise_in_x=True`.
+        """Draw n images: z ~ p(z), then E[x | z], or x ~ p(x | z) with `noise=True`.
 
         Image i is a function of (seed, i). Without a seed, one is drawn from `generator` or from
-        torch's global generator. Returns float32 `[n, C, H, W]`.
+        torch's global generator. A conditional model takes `labels` int64 `[n]`, and goes through
+        its classes in turn without. Returns float32 `[n, C, H, W]`.
         """
         if n < 1:
             raise UserError(f"sample(n) draws at least one image, got {n}")
@@ -142,35 +254,62 @@ class VAE(
             where = generator.device if generator else torch.device("cpu")
             seed = int(torch.randint(2**62, (), generator=generator, device=where).item())
         device = next(self.parameters()).device
-        z = self.prior.sample(n, noise.stream(seed, noise.PRIOR), device)
-        parameters = self._decoded(z)
-        if noise_in_x:
-            return self.likelihood.sample(parameters, noise.stream(seed, noise.LIKELIHOOD))
+        if self.num_classes and labels is None:
+            labels = torch.arange(n) % self.num_classes
+        if labels is not None and len(labels) != n:
+            raise UserError(f"sample({n}) takes {n} labels, got {len(labels)}")
+        labels = None if labels is None else labels.to(device)
+        condition = self.condition(labels, checked=True)
+        z = self.prior_of(condition).sample(n, streams.stream(seed, streams.PRIOR), device)
+        return self.sample_given(z, seed=seed, labels=labels, noise=noise)
+
+    @torch.no_grad()
+    def sample_given(
+        self, z: Tensor, *, seed: int, labels: Tensor | None = None, noise: bool = False
+    ) -> Tensor:
+        """E[x | z] for z `[n, latent_dim]`, or x ~ p(x | z) with `noise=True`: `[n, C, H, W]`."""
+        parameters = self.parameters_of(z, self.condition(labels, checked=True))
+        if noise:
+            return self.likelihood.sample(parameters, streams.stream(seed, streams.LIKELIHOOD))
         return self.likelihood.mean(parameters)
 
-    # ------------------------------------------------------------------------ shapes, checked
+    # -------------------------------------------------------------- between the parts, checked
 
-    def _encoded(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.image_shape:
-            raise UserError(
-                f"this model takes images {('N', *self.image_shape)} (N, channels, height, width), "
-                f"got {tuple(x.shape)}"
-            )
-        statistics = self.encoder(x)
-        expected = (x.shape[0], self.posterior.statistics_per_latent * self.latent_dim)
-        if tuple(statistics.shape) != expected:
-            raise UserError(
-                f"the encoder returned {tuple(statistics.shape)}; {type(self.posterior).__name__} "
-                f"with latent_dim={self.latent_dim} needs {expected}"
-            )
-        return statistics
+    def condition(self, labels: Tensor | None, *, checked: bool = False) -> Tensor | None:
+        """y as float32 `[B, num_classes]`, a 1 at each row's class; None if unconditional.
 
-    def _decoded(self, z: Tensor) -> Tensor:
+        Raises UserError where a conditional model is given no labels, or, if `checked` (which makes
+        the host wait for a GPU), labels that are no classes of it.
+        """
+        if not self.num_classes:
+            return None
+        if labels is None:
+            raise UserError(
+                f"this model is conditional on {self.num_classes} classes: it needs the labels"
+            )
+        if checked and not (labels.min() >= 0 and labels.max() < self.num_classes):
+            raise UserError(
+                f"labels lie in 0..{self.num_classes - 1} for this model, "
+                f"got {int(labels.min())}..{int(labels.max())}"
+            )
+        classes = torch.arange(self.num_classes, device=labels.device)
+        return (labels.unsqueeze(1) == classes).float()
+
+    def prior_of(self, condition: Tensor | None) -> Any:
+        """p(z), or p(z | y) for the rows of `condition`: a `LatentPrior`."""
+
+        def encode(images: Tensor) -> LatentGaussian:
+            return self.posterior.moments(self._statistics(images, None, None))
+
+        return self.prior.distribution(condition, encode)
+
+    def parameters_of(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The likelihood's parameters: `[B, latent_dim]` → `[B, P, H, W]`."""
         if tuple(z.shape[1:]) != (self.latent_dim,):
             raise UserError(f"z has shape (N, {self.latent_dim}) here, got {tuple(z.shape)}")
         channels, height, width = self.image_shape
-        parameters = self.decoder(z)
-        expected = (z.shape[0], self.likelihood.outputs_per_value * channels, height, width)
+        parameters = self.decoder(z) if condition is None else self.decoder(z, condition)
+        expected = (z.shape[0], self.likelihood.parameter_channels(channels), height, width)
         if tuple(parameters.shape) != expected:
             raise UserError(
                 f"the decoder returned {tuple(parameters.shape)}; "
@@ -179,18 +318,43 @@ class VAE(
             )
         return parameters
 
+    def _statistics(self, x: Tensor, condition: Tensor | None, index: Tensor | None) -> Tensor:
+        """The encoder's answer `[B, statistics_per_latent · latent_dim]`."""
+        if tuple(x.shape[1:]) != self.image_shape:
+            raise UserError(
+                f"this model takes images {('N', *self.image_shape)} (N, channels, height, width), "
+                f"got {tuple(x.shape)}"
+            )
+        expected = (x.shape[0], self.posterior.statistics_per_latent * self.latent_dim)
+        if self.reads_index:
+            # An unseen image starts where those of the table did.
+            statistics = x.new_zeros(expected) if index is None else self.encoder(index)
+        else:
+            statistics = self.encoder(x) if condition is None else self.encoder(x, condition)
+        if tuple(statistics.shape) != expected:
+            raise UserError(
+                f"the encoder returned {tuple(statistics.shape)}; {type(self.posterior).__name__} "
+                f"with latent_dim={self.latent_dim} needs {expected}"
+            )
+        return statistics
+
     # ------------------------------------------------------------------------- saving, loading
 
     def spec(self) -> dict[str, Any]:
         """What config.json holds: shapes, and each part's name and arguments."""
         parts = {kind: spec_of(getattr(self, kind)) for kind in PART_KINDS}
-        return {"image_shape": list(self.image_shape), "latent_dim": self.latent_dim, **parts}
+        return {
+            "model": "vae",
+            "image_shape": list(self.image_shape),
+            "latent_dim": self.latent_dim,
+            "num_classes": self.num_classes,
+            "refinement": None if self.refinement is None else self.refinement._asdict(),
+            **parts,
+        }
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config.json and model.safetensors into an existing folder."""
-        (save_directory / CONFIG_NAME).write_text(json.dumps(self.spec(), indent=2) + "\n")
-        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        saving.save_model(self, save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "VAE":
@@ -200,72 +364,21 @@ class VAE(
         …). Raises UserError where there is no model, a damaged one, or one of other parts.
         """
         name = str(pretrained_model_name_or_path)
-        # A mistyped path deserves its answer at once, not after a wait for the Hub.
-        on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
-        if not Path(name).is_dir() and not (on_hub and not Path(name).parent.is_dir()):
-            raise UserError(
-                f"there is no folder {name} (a name on the Hugging Face Hub has the form "
-                "owner/name, and the owner is no folder here)"
-            )
-        try:
+        with saving.reading(name):
             return super().from_pretrained(name, **options)
-        except json.JSONDecodeError as error:
-            raise UserError(f"the {CONFIG_NAME} of {name} is damaged: {error}") from error
-        except OSError as error:  # what huggingface_hub raises is one, too
-            where = "" if Path(name).is_dir() else "there is no such folder, and from the Hub "
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{name}: {where}no model could be read: {reason}") from error
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
-        **parts: Any,
-    ) -> "VAE":
-        """Called by `from_pretrained(folder_or_hub_name, **parts)`.
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options: Any) -> "VAE":
+        """Called by `from_pretrained(folder_or_hub_name, **options)`.
 
-        `parts` replaces parts by keyword: needed for the user's own modules, of which the file
-        holds the weights but not the code. `map_location` is the device to load on.
+        Modules among the options replace parts by keyword: needed for the user's own, of which the
+        file holds the weights but not the code. `map_location` is the device to load on.
         """
 
-        def fetch(name: str) -> Path:
-            if (folder := Path(model_id)).is_dir():
-                # A run folder holds its model in checkpoint/.
-                for candidate in (folder / "checkpoint" / name, folder / name):
-                    if candidate.is_file() and (candidate.parent / WEIGHTS_NAME).is_file():
-                        return candidate
-                raise UserError(
-                    f"{folder} holds no model: neither {WEIGHTS_NAME} with {CONFIG_NAME} nor "
-                    "checkpoint/ with both"
-                )
-            return Path(
-                hf_hub_download(
-                    model_id,
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
+        def build(spec: dict[str, Any]) -> VAE:
+            return build_vae(spec, **parts_only(options))
 
-        vae = build_vae(json.loads(fetch(CONFIG_NAME).read_text()), **parts_only(parts))
-        weights = fetch(WEIGHTS_NAME)
-        try:
-            vae.load_state_dict(load_file(weights))
-        except SafetensorError as error:
-            raise UserError(f"{weights} is damaged: {error}") from error
-        except RuntimeError as error:
-            raise UserError(f"{weights} holds the weights of another model: {error}") from error
-        return vae.to(map_location).eval()
+        return saving.load_model(model_id, "vae", build, map_location, options)
 
 
 def parts_only(arguments: dict[str, Any]) -> dict[str, nn.Module]:
@@ -291,4 +404,16 @@ def build_vae(spec: dict[str, Any], **parts: nn.Module) -> VAE:
                 f"and pass it, VAE.from_pretrained(..., {kind}=your_module)"
             )
         parts[kind] = build_part(kind, spec[kind])
-    return VAE(image_shape=tuple(spec["image_shape"]), latent_dim=spec["latent_dim"], **parts)  # type: ignore[arg-type]
+    refinement = spec.get("refinement")
+    return VAE(
+        image_shape=tuple(spec["image_shape"]),  # type: ignore[arg-type]
+        latent_dim=spec["latent_dim"],
+        num_classes=spec.get("num_classes", 0),
+        refinement=None if refinement is None else Refinement(**refinement),
+        **parts,  # type: ignore[arg-type]
+    )
+
+
+def _repeated(x: Tensor | None, times: int) -> Tensor | None:
+    """`[B, …]` → `[times · B, …]`, the whole batch again and again; no copy where times is 1."""
+    return None if x is None else x.expand(times, *x.shape).flatten(0, 1)

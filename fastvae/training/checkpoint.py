@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastvae.errors import UserError
-from fastvae.vae import VAE, WEIGHTS_NAME
+from fastvae.saving import WEIGHTS_NAME
+from fastvae.vae import VAE
 
 Contents = TypeVar("Contents")
 
@@ -94,10 +95,11 @@ def _read(file: Path, read: Callable[[Path], Contents]) -> Contents:
 
 
 def _training_tensors(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The weights as `weight/NAME` and the optimizer's state as `optimizer.KEY/NAME`."""
+    """Weights and buffers as `weight/NAME` and the optimizer's state as `optimizer.KEY/NAME`."""
     tensors: dict[str, Tensor] = {}
+    for name, value in trained.state_dict().items():
+        tensors[f"weight/{name}"] = value.detach().contiguous()
     for name, parameter in trained.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}/{name}"] = value.detach().contiguous()
     return tensors
@@ -108,13 +110,14 @@ def _restore(
 ) -> None:
     names = {name: i for i, (name, _) in enumerate(trained.named_parameters())}
     state: dict[int, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            parameter.copy_(tensors[f"weight/{name}"])
+    weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
-        if kind.startswith("optimizer."):
+        if kind == "weight":
+            weights[name] = tensor
+        elif kind.startswith("optimizer."):
             state.setdefault(names[name], {})[kind.removeprefix("optimizer.")] = tensor
+    trained.load_state_dict(weights)
     # load_state_dict puts each tensor on its parameter's device (and Adam's step where it belongs).
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

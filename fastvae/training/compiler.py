@@ -15,19 +15,21 @@ def should_compile(config: Config, total_steps: int, device: torch.device) -> tu
     """Decide, and say why in one line where "auto" decides against it (else an empty line)."""
     if config.compile == "off":
         return False, ""
+    if config.model.refine_steps and config.model.inference == "encoder":
+        return False, "not compiled: --refine-steps differentiates inside the forward pass"
     if config.compile == "auto" and total_steps < WORTHWHILE_STEPS:
         return (
             False,
             f"not compiled: {total_steps} steps end sooner without (or --compile on)",
         )
-    if problem := _compiler_problem(device):
+    if problem := compiler_problem(device):
         if config.compile == "on":
             raise UserError(f"--compile on: torch.compile does not work here: {problem}")
         return False, f"not compiled: torch.compile does not work here: {problem}"
     return True, ""
 
 
-def _compiler_problem(device: torch.device) -> str:
+def compiler_problem(device: torch.device) -> str:
     """What goes wrong when the smallest function is compiled and run, or nothing."""
     logger = logging.getLogger("torch._inductor")
     level = logger.level

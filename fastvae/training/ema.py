@@ -24,3 +24,5 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         for average, weight in zip(self.model.parameters(), vae.parameters(), strict=True):
             average.lerp_(weight, 1.0 - decay)
+        for kept, value in zip(self.model.buffers(), vae.buffers(), strict=True):
+            kept.copy_(value)

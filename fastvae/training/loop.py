@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from torch import Tensor
 
 from fastvae import figures, runs
 from fastvae.build import build_model, build_objective
@@ -22,6 +21,7 @@ from fastvae.errors import UserError
 from fastvae.evaluation import Evaluation, evaluate, quantity_names
 from fastvae.noise import derived_seed
 from fastvae.parts.networks import pixels
+from fastvae.parts.objectives import Objective
 from fastvae.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvae.training.clock import Clock
 from fastvae.training.compiler import should_compile
@@ -63,9 +63,10 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
 
     # The model, what it maximises, and how.
     torch.manual_seed(derived_seed("weights", config.seed))
-    vae = build_model(config.model, train_set.image_shape).to(device)
-    names = quantity_names(vae.likelihood.is_density)
+    vae = build_model(config.model, train_set).to(device)
+    names = quantity_names(vae.likelihood.is_density, vae.is_bound)
     objective = build_objective(config.objective, len(train_set))
+    _check_together(vae, objective, heldout_set, accelerator)
     optimizer = _make_optimizer(config.optimizer, vae)
     ema = EMA(vae, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     final_vae = ema.model if ema else vae
@@ -118,9 +119,9 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
         )
         for index in range(config.gradient_accumulation_steps):
             position = first + index * part
-            images = feed.batch(position, part)
+            batch = feed.batch(position, part)
             with accelerator.accumulate(model):
-                loss, part_sums = model(images, torch.full((), position, device=device))
+                loss, part_sums = model(batch, torch.full((), position, device=device))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and config.optimizer.clip_norm:
                     accelerator.clip_grad_norm_(vae.parameters(), config.optimizer.clip_norm)
@@ -144,7 +145,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
             with clock.paused(device):
                 if evaluate_now:
                     result = evaluate(
-                        final_vae, heldout_set.images, seed=config.seed, accelerator=accelerator
+                        final_vae, heldout_set, seed=config.seed, accelerator=accelerator
                     )
                     line |= {f"heldout_{k}": v for k, v in result.named().items() if k != "images"}
                 log.write(done, line)
@@ -238,6 +239,22 @@ def _part_of_batch(config: Config, processes: int) -> int:
             f"{config.gradient_accumulation_steps} accumulation steps; {fits} does"
         )
     return config.batch_size // parts
+
+
+def _check_together(
+    vae: VAE, objective: Objective, heldout_set: ImageSet, accelerator: Accelerator
+) -> None:
+    """Refuse what only the data or the number of processes make impossible."""
+    if objective.couples_rows and accelerator.num_processes > 1:
+        raise UserError(
+            f"--objective {objective.spec['name']} compares the images of a batch, and each "  # type: ignore[attr-defined]
+            f"of the {accelerator.num_processes} processes sees its own part: use one process"
+        )
+    if vae.num_classes:
+        try:
+            vae.condition(heldout_set.labels, checked=True)
+        except UserError as error:
+            raise UserError(f"{heldout_set.name}, held out: {error}") from error
 
 
 def _on_main(accelerator: Accelerator, action: Callable[[], Answer]) -> Answer:
@@ -335,7 +352,8 @@ def _introduction(
 
 def _conclusion(run: Path, result: Evaluation) -> str:
     values = ", ".join(f"{k} {v:.2f}" for k, v in result.named().items() if k != "images")
-    pictures = f"{runs.SAMPLES}, {runs.RECONSTRUCTIONS}, {runs.CURVES}"
+    written = (runs.SAMPLES, runs.RECONSTRUCTIONS, runs.CURVES)
+    pictures = ", ".join(name for name in written if (run / name).exists())
     return (
         f"held out ({result.images} images, nats): {values}\n"
         f"results: {run}/ ({pictures}, {runs.RESULTS}, {runs.METRICS}, checkpoint/)"
@@ -354,10 +372,12 @@ def _write_results(
     compiled: bool,
 ) -> None:
     vae.eval()
-    figures.save_grid(vae.sample(64, seed=config.seed), run / runs.SAMPLES, columns=8)
-    originals: Tensor = heldout_set.images[:64].to(accelerator.device)
-    figures.save_pairs(pixels(originals), vae.reconstruct(originals), run / runs.RECONSTRUCTIONS)
-    names = quantity_names(vae.likelihood.is_density)
+    if vae.prior.is_distribution:
+        figures.save_grid(vae.sample(64, seed=config.seed), run / runs.SAMPLES, columns=8)
+    shown = heldout_set.select(slice(64)).to(accelerator.device)
+    reconstructed = vae.reconstruct(shown.images, shown.labels)
+    figures.save_pairs(pixels(shown.images), reconstructed, run / runs.RECONSTRUCTIONS)
+    names = quantity_names(vae.likelihood.is_density, vae.is_bound)
     figures.save_curves(runs.read_metrics(run), names, run / runs.CURVES)
     results = {
         "heldout": result.named(),
@@ -372,4 +392,6 @@ def _write_results(
         results["note"] = (
             "binarize none: a cross-entropy of grey pixels, which bounds no likelihood"
         )
+    elif not result.is_bound:
+        results["note"] = "a deterministic posterior: its nll bounds no likelihood of the images"
     (run / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n")

@@ -1,35 +1,47 @@
 """What one step computes: the module that is compiled and wrapped for distribution."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
-from fastvae.parts import BetaELBO
-from fastvae.vae import VAE
+from fastvae.batch import Batch
+from fastvae.parts.objectives import Objective
+from fastvae.parts.terms import Terms
 
 METRICS = ("loss", "nll", "kl")
 
 
-class TrainingStep(nn.Module):
-    """Images in, a scalar to differentiate and the sums to log out."""
+class Model(Protocol):
+    """What can be trained: anything that gives the terms of a bound for a batch."""
 
-    def __init__(self, vae: VAE, objective: BetaELBO, seed: int) -> None:
+    def __call__(self, batch: Batch, seed: Tensor, offset: Tensor, num_samples: int) -> Terms:
+        """`offset` is the number of rows that the run met before the first of `batch`."""
+
+
+class TrainingStep(nn.Module):
+    """A batch in, a scalar to differentiate and the sums to log out."""
+
+    def __init__(self, model: Model, objective: Objective, seed: int) -> None:
         super().__init__()
-        self.vae = vae
+        self.model = model
         self.objective = objective
+        self.seed: Tensor
         self.register_buffer("seed", torch.tensor(seed), persistent=False)
 
-    def forward(self, images: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, position: Tensor) -> tuple[Tensor, Tensor]:
         """One part of a batch.
 
         Args:
-            images: `[B, C, H, W]` as stored.
-            position: 0-d int64, the number of samples that the run met before the first of them.
+            batch: B rows as stored.
+            position: 0-d int64, the number of rows that the run met before the first of them.
 
         Returns:
-            The mean loss (0-d, nats per image) and the sums over images of `METRICS` (float64).
+            The mean loss (0-d, nats per row) and the sums over rows of `METRICS` (float64).
         """
-        terms = self.vae(images, self.seed, position)
-        positions = position + torch.arange(len(images), device=images.device)
-        loss = self.objective(terms, positions)
-        sums = torch.stack([loss.detach().sum(), terms.nll.detach().sum(), terms.kl.detach().sum()])
+        terms = self.model(batch, self.seed, position, self.objective.num_samples)
+        positions = position + torch.arange(len(batch.x), device=batch.x.device)
+        loss = self.objective(terms, positions, self.seed)
+        nll = terms.nll.detach().mean(0)
+        sums = torch.stack([loss.detach().sum(), nll.sum(), terms.kl.detach().sum()])
         return loss.mean(), sums.double()

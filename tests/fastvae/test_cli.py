@@ -106,7 +106,7 @@ REFUSALS = {
     "--likelihood gaussian --binarize dynamic": ["--binarize", "auto or none", "dynamic"],
     "--epochs inf": ["--epochs must be positive, got inf"],
     "--kl-warmup-epochs inf": ["--kl-warmup-epochs", "got inf"],
-    "--variance 0": ["--variance must be learned or a positive number"],
+    "--variance 0": ["--variance must be learned, optimal, predicted or a positive number"],
     "--data nosuch": ["no file or folder nosuch", "digits, mnist, fashion-mnist, cifar10"],
     "--data fashion_mnist": ["did you mean fashion-mnist?"],
     "--data mnist --data-dir empty": ["mnist is not there", "--download", "--data-dir"],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_models import grey_set
 
 import fastvae.config
 import fastvae.data.config
@@ -28,8 +29,16 @@ from fastvae.training.loop import RESUMABLE
 
 ODD = Config(
     data=DataConfig("some/where é", Path("data dir"), image_size=(12, 8), channels=3, holdout=0.25),
-    model=ModelConfig("conv", (7,), (3, 5, 9), "gelu", 3, "gaussian", variance=0.02),
-    objective=ObjectiveConfig(0.5, 1.5),
+    model=ModelConfig(
+        network="conv",
+        hidden=(7,),
+        widths=(3, 5, 9),
+        activation="gelu",
+        latent_dim=3,
+        likelihood="gaussian",
+        variance=0.02,
+    ),
+    objective=ObjectiveConfig(beta=0.5, kl_warmup_epochs=1.5),
     optimizer=OptimizerConfig("adamw", 0.1, 0.01, "step", 3, 2.5, 0.1, 1.0, 0.99),
     output=Path("runs/odd"),
     epochs=0.3,
@@ -91,7 +100,7 @@ def test_a_file_that_is_no_configuration(text: str, parts: list[str]) -> None:
         (ModelConfig, {"widths": (-1,)}, ["--widths", "positive"]),
         (ModelConfig, {"network": "conv", "widths": ()}, ["--widths", "one or more"]),
         (ModelConfig, {"activation": "sine"}, ["--activation", "relu", "tanh", "sine"]),
-        (ModelConfig, {"variance": 0.0}, ["--variance", "learned or a positive number", "0.0"]),
+        (ModelConfig, {"variance": 0.0}, ["--variance", "or a positive number", "0.0"]),
         (ModelConfig, {"variance": math.inf}, ["--variance"]),
         (
             ModelConfig,
@@ -182,15 +191,17 @@ SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build(name: str) -> None:
     config = preset(name)
-    assert name.startswith(config.data.data)
-    assert name.endswith(config.model.network)
+    if config.model.target == "labels":
+        return  # tests of its own
     shape = SHAPES.get(config.data.data, (3, 32, 32))
-    vae = build_model(config.model, shape)
-    assert vae.spec()["encoder"]["name"] == vae.spec()["decoder"]["name"] == config.model.network
+    vae = build_model(config.model, grey_set(64, shape, classes=3))
+    assert vae.spec()["decoder"]["name"] == config.model.network
     assert (vae.image_shape, vae.latent_dim) == (shape, config.model.latent_dim)
     assert vae.likelihood.is_density
-    assert vae.sample(2, seed=0).shape == (2, *shape)
-    assert build_objective(config.objective, 1000).beta == 1.0
+    if vae.prior.is_distribution:
+        assert vae.sample(2, seed=0).shape == (2, *shape)
+    objective = build_objective(config.objective, 1000)
+    assert objective.num_samples == config.objective.num_samples
 
 
 def test_the_default_needs_no_download() -> None:
@@ -211,7 +222,7 @@ def test_unknown_preset() -> None:
 
 def test_the_model_is_the_configured_one() -> None:
     config = replace(ODD.model, hidden=(7, 5))
-    spec = build_model(config, (3, 12, 8)).spec()
+    spec = build_model(config, grey_set(4, (3, 12, 8))).spec()
     assert spec["encoder"] == {
         "name": "conv",
         "image_shape": (3, 12, 8),
@@ -219,15 +230,19 @@ def test_the_model_is_the_configured_one() -> None:
         "widths": (3, 5, 9),
         "hidden": (7, 5),
         "activation": "gelu",
+        "pooling": False,
+        "condition_dim": 0,
     }
     assert spec["decoder"]["widths"] == (9, 5, 3)
     assert spec["decoder"]["hidden"] == (5, 7)
     assert spec["likelihood"] == {"name": "gaussian", "variance": 0.02}
-    assert build_model(ModelConfig(), (1, 4, 4)).spec()["likelihood"]["binarize"] == "dynamic"
+    assert build_model(ModelConfig(), grey_set(4, (1, 4, 4))).likelihood.binarize == "dynamic"
 
 
 def test_the_warm_up_is_counted_in_samples() -> None:
-    objective = build_objective(ObjectiveConfig(2.0, 1.5), samples_per_epoch=1000)
+    objective = build_objective(
+        ObjectiveConfig(beta=2.0, kl_warmup_epochs=1.5), samples_per_epoch=1000
+    )
     assert (objective.beta, objective.warmup_samples) == (2.0, 1500)
 
 

@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from test_vae import grey_images, make_vae, rough
+from small_models import grey_set, make_vae, rough
 
-from fastvae import Bernoulli, Gaussian
+from fastvae import Bernoulli, Deterministic, Gaussian, NoPrior
 from fastvae.evaluation import Evaluation, evaluate, quantity_names
 from fastvae.noise import derived_seed
 
@@ -14,9 +14,9 @@ SHAPE = (3, 5, 4)
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 500])
 def test_a_mean_over_images_whatever_the_batches(batch_size: int) -> None:
-    vae, images = rough(make_vae("mlp", SHAPE)), grey_images(23, SHAPE)
+    vae, images = rough(make_vae("mlp", SHAPE)), grey_set(23, SHAPE)
     found = evaluate(vae, images, seed=4, batch_size=batch_size)
-    terms = vae(images, derived_seed("evaluation", 4), 0)
+    terms = vae(images.images, derived_seed("evaluation", 4), 0)
     assert found.images == 23
     assert found.nll == pytest.approx(terms.nll.double().mean().item(), rel=1e-6)
     assert found.kl == pytest.approx(terms.kl.double().mean().item(), rel=1e-6)
@@ -24,7 +24,7 @@ def test_a_mean_over_images_whatever_the_batches(batch_size: int) -> None:
 
 
 def test_units() -> None:
-    images = grey_images(8, SHAPE)
+    images = grey_set(8, SHAPE)
     found = evaluate(rough(make_vae("mlp", SHAPE)), images, seed=0)
     assert found.bits_per_dim == pytest.approx(-found.elbo / math.log(2) / 60)
     found = evaluate(rough(make_vae("mlp", SHAPE, Gaussian())), images, seed=0)
@@ -35,18 +35,26 @@ def test_the_model_stays_in_its_mode_and_has_no_gradients() -> None:
     vae = make_vae("mlp", SHAPE)
     for training in (True, False):
         vae.train(training)
-        evaluate(vae, grey_images(3, SHAPE), seed=0)
+        evaluate(vae, grey_set(3, SHAPE), seed=0)
         assert vae.training == training
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
 def test_names() -> None:
-    density = evaluate(make_vae("mlp", SHAPE), grey_images(3, SHAPE), seed=0)
+    density = evaluate(make_vae("mlp", SHAPE), grey_set(3, SHAPE), seed=0)
     assert list(density.named()) == ["elbo", "nll", "kl", "images", "bits_per_dim"]
     none = Bernoulli("none")
-    entropy = evaluate(make_vae("mlp", SHAPE, none), grey_images(3, SHAPE), seed=0)
+    entropy = evaluate(make_vae("mlp", SHAPE, none), grey_set(3, SHAPE), seed=0)
     assert entropy.bits_per_dim is None
     assert not entropy.is_density
     assert list(entropy.named()) == ["cross_entropy_objective", "cross_entropy", "kl", "images"]
-    assert set(quantity_names(True)) == set(quantity_names(False)) == {"elbo", "nll"}
-    assert Evaluation(1, 2.0, 3.0, None, True).elbo == -5.0
+    point = evaluate(
+        make_vae("mlp", SHAPE, Gaussian(), posterior=Deterministic(), prior=NoPrior()),
+        grey_set(3, SHAPE),
+        seed=0,
+    )
+    assert point.bits_per_dim is None
+    assert list(point.named()) == ["reconstruction_objective", "reconstruction_nll", "kl", "images"]
+    for is_density, is_bound in [(True, True), (True, False), (False, False)]:
+        assert set(quantity_names(is_density, is_bound)) == {"elbo", "nll"}
+    assert Evaluation(1, 2.0, 3.0, None, True, True).elbo == -5.0

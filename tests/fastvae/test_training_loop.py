@@ -134,7 +134,7 @@ def test_training_beats_the_start(trained: Trained) -> None:
     _, held_out = load_data(DataConfig(), seed=0)
     spec = json.loads((trained.run / "checkpoint/config.json").read_text())
     torch.manual_seed(0)
-    fresh = evaluate(build_vae(spec), held_out.images, seed=0)
+    fresh = evaluate(build_vae(spec), held_out, seed=0)
     assert results(trained.run)["heldout"]["elbo"] > fresh.elbo + 20
 
 
@@ -142,7 +142,7 @@ def test_the_checkpoint_is_the_model(trained: Trained) -> None:
     """Loaded as anybody would, it gives the figures of the run."""
     vae = VAE.from_pretrained(trained.run)
     _, held_out = load_data(DataConfig(), seed=0)
-    assert evaluate(vae, held_out.images, seed=0).named() == results(trained.run)["heldout"]
+    assert evaluate(vae, held_out, seed=0).named() == results(trained.run)["heldout"]
     assert_same_tensors(weights(trained.run), vae.state_dict())
     state = training_state(trained.run)
     for name, parameter in vae.named_parameters():
@@ -188,7 +188,7 @@ def test_another_seed_is_another_run(trained: Trained, tmp_path: Path) -> None:
 def test_a_fixed_variance_stays(tmp_path: Path) -> None:
     run = train("--variance", 0.05, output=tmp_path / "run")
     assert weights(run)["likelihood.logvar"].item() == pytest.approx(math.log(0.05))
-    assert not [name for name in training_state(run) if "logvar" in name]
+    assert not [n for n in training_state(run) if n.startswith("optimizer") and "logvar" in n]
 
 
 def test_a_learned_variance_is_trained(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_averaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(state[f"weight/{name}"].double(), history[-1][name])
         assert not torch.equal(saved[name], state[f"weight/{name}"])
     _, held_out = load_data(DataConfig(), seed=0)
-    found = evaluate(VAE.from_pretrained(run), held_out.images, seed=0)
+    found = evaluate(VAE.from_pretrained(run), held_out, seed=0)
     assert found.named() == results(run)["heldout"]
 
 
