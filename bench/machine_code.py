@@ -24,10 +24,13 @@ ELEMENT = {"float32": "*fp32", "bfloat16": "*bf16"}
 _SPLIT = {"BLOCK_R": 1, "BLOCK_C": TILE}
 _BYTES = {**_SPLIT, "TARGET_SCALE": 1 / 255}
 _FLOATS = {**_SPLIT, "TARGET_SCALE": 1.0}
+# Several samples are a loop, whose instructions a static count meets once.
+_LATENTS = {**_SPLIT, "num_samples": 1, "HAS_PRIOR": False}
 
 # The operator's name in the table, its module, the constants of both kernels, of the backward.
 KERNELS: tuple[tuple[str, Any, dict[str, Any], dict[str, Any]], ...] = (
-    ("reparameterize_kl", reparameterize_kl, _SPLIT, {}),
+    ("reparameterize_kl", reparameterize_kl, _LATENTS, {}),
+    ("reparameterize_kl, given prior", reparameterize_kl, {**_LATENTS, "HAS_PRIOR": True}, {}),
     ("bernoulli_nll, uint8 target", bernoulli_nll, _BYTES, {}),
     ("bernoulli_nll, floating target", bernoulli_nll, _FLOATS, {}),
     ("gaussian_nll, one variance", gaussian_nll, _BYTES, {"WRITE_GRAD_LOGVAR": False}),
@@ -90,9 +93,9 @@ def _type(name: str, dtype: str, op: str) -> str:
         return "*u8"
     if name == "logvar_BD" and _is_shared(name, op):
         return "*fp32"
-    if name.endswith("_BD"):
+    if name.endswith(("_BD", "_SBD")):
         return ELEMENT[dtype]
-    if name.endswith(("_B", "_BS")):
+    if name.endswith(("_B", "_BS", "_BP")):
         return "*fp32"
     return "i32"
 

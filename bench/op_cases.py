@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import fastvae_kernels as kernels
 import torch
 import torch.nn.functional as F
+from fastvae_kernels import Impl
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
@@ -18,6 +19,7 @@ Compute = Callable[..., Tensors]
 Make = Callable[[int, int, torch.dtype, torch.device], Tensors]
 
 SEED, OFFSET = 2024, 10**6
+SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Op:
     backward: Bytes | None
     is_random: bool = False
     """Its first output is drawn, so only the others can be compared with PyTorch's."""
+    samples: int = 1
+    """So many tensors like an input are drawn."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
@@ -60,6 +64,14 @@ def _latents(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
     seed, offset = (torch.tensor(n, device=device) for n in (SEED, OFFSET))
     mu, logvar = (_values(rows, columns, dtype, device) for _ in range(2))
     return mu, logvar, seed, offset
+
+
+def _latents_and_prior(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> Tensors:
+    """A prior of its own for each row, as one that knows the label has."""
+    prior = (_values(rows, columns, dtype, device) for _ in range(2))
+    return *_latents(rows, columns, dtype, device), *prior
 
 
 def _with_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
@@ -90,8 +102,10 @@ def _place(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
 # ------------------------------------------------------------- the operators and their rivals
 
 
-def _fastvae_reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
-    return kernels.reparameterize_kl(mu, logvar, seed, offset=offset)
+def _fastvae_reparameterize_kl(
+    mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor, impl: Impl = "auto"
+) -> Tensors:
+    return kernels.reparameterize_kl(mu, logvar, seed, offset=offset, impl=impl)
 
 
 def _pytorch_reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
@@ -101,8 +115,53 @@ def _pytorch_reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, offset:
     return z.to(mu.dtype), kl
 
 
-def _fastvae_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensors:
-    return (kernels.bernoulli_nll(logits, target),)
+def _fastvae_samples(
+    mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor, impl: Impl = "auto"
+) -> Tensors:
+    return kernels.reparameterize_kl(
+        mu, logvar, seed, offset=offset, num_samples=SAMPLES, impl=impl
+    )
+
+
+def _pytorch_samples(mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
+    mu32, logvar32 = mu.float(), logvar.float()
+    noise = torch.randn(SAMPLES, *mu.shape, device=mu.device)
+    z = mu32 + torch.exp(0.5 * logvar32) * noise
+    kl = -0.5 * (1 + logvar32 - mu32.pow(2) - logvar32.exp()).sum(1)
+    return z.to(mu.dtype), kl
+
+
+def _fastvae_prior(
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    prior_mu: Tensor,
+    prior_logvar: Tensor,
+    impl: Impl = "auto",
+) -> Tensors:
+    return kernels.reparameterize_kl(
+        mu, logvar, seed, offset=offset, prior_mu=prior_mu, prior_logvar=prior_logvar, impl=impl
+    )
+
+
+def _pytorch_prior(
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    prior_mu: Tensor,
+    prior_logvar: Tensor,
+) -> Tensors:
+    mu32, logvar32, prior_logvar32 = mu.float(), logvar.float(), prior_logvar.float()
+    z = mu32 + torch.exp(0.5 * logvar32) * torch.randn_like(mu32)
+    error, delta = mu32 - prior_mu.float(), logvar32 - prior_logvar32
+    kl = -0.5 * (1 + delta - error.pow(2) * torch.exp(-prior_logvar32) - delta.exp()).sum(1)
+    return z.to(mu.dtype), kl
+
+
+def _fastvae_bernoulli_nll(logits: Tensor, target: Tensor, impl: Impl = "auto") -> Tensors:
+    return (kernels.bernoulli_nll(logits, target, impl=impl),)
 
 
 def _pytorch_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensors:
@@ -110,8 +169,10 @@ def _pytorch_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensors:
     return (F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(1),)
 
 
-def _fastvae_gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensors:
-    return (kernels.gaussian_nll(mean, target, logvar),)
+def _fastvae_gaussian_nll(
+    mean: Tensor, target: Tensor, logvar: Tensor, impl: Impl = "auto"
+) -> Tensors:
+    return (kernels.gaussian_nll(mean, target, logvar, impl=impl),)
 
 
 def _pytorch_gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensors:
@@ -151,6 +212,25 @@ OPS = (
         _pytorch_reparameterize_kl,
         forward=Bytes(items=3),  # mu, logvar → z, kl
         backward=Bytes(items=5),  # mu, logvar, grad_z, grad_kl → grad_mu, grad_logvar
+        is_random=True,
+    ),
+    Op(
+        f"reparameterize_kl, {SAMPLES} samples",
+        _latents,
+        _fastvae_samples,
+        _pytorch_samples,
+        forward=Bytes(items=2 + SAMPLES),  # mu, logvar → z, kl
+        backward=Bytes(items=4 + SAMPLES),  # and grad_z, grad_kl → grad_mu, grad_logvar
+        is_random=True,
+        samples=SAMPLES,
+    ),
+    Op(
+        "reparameterize_kl, given prior",
+        _latents_and_prior,
+        _fastvae_prior,
+        _pytorch_prior,
+        forward=Bytes(items=5),  # mu, logvar, prior_mu, prior_logvar → z, kl
+        backward=Bytes(items=9),  # and grad_z, grad_kl → the gradients of all four
         is_random=True,
     ),
     Op(

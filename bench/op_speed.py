@@ -66,7 +66,7 @@ def _cases(settings: Settings) -> Iterator[Case]:
 def _too_large(case: Case, device: torch.device) -> str:
     if device.type != "cuda":
         return "" if case.input_bytes <= 2**26 else "too large for a run on a CPU"
-    fits = TENSORS_ALIVE * case.input_bytes < torch.cuda.mem_get_info(device)[0]
+    fits = TENSORS_ALIVE * case.op.samples * case.input_bytes < torch.cuda.mem_get_info(device)[0]
     return "" if fits else "does not fit in the free memory"
 
 

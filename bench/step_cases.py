@@ -65,8 +65,9 @@ def fastvae_step(
 ) -> Step:
     """What `fastvae.training.train` does in a step, line by line, accelerate included."""
     device = images.device
-    vae = build_model(MODELS[case.model], IMAGE_SHAPE).to(device)
-    feed = Feed(ImageSet(images, None, "random"), seed=0, device=device)
+    train_set = ImageSet(images, None, "random")
+    vae = build_model(MODELS[case.model], train_set, case.batch).to(device)
+    feed = Feed(train_set, seed=0, device=device)
     step_module = TrainingStep(vae, build_objective(ObjectiveConfig(), len(images)), seed=0)
     step_module.to(device)
     if compiled:

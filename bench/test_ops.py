@@ -6,10 +6,9 @@ Each group is one table of rivals at one size. They are timed one after the othe
 drifts, `python bench/gpu.py --only ops` times them in interleaved rounds instead.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import fastvae_kernels as kernels
 import measure
 import pytest
 import torch
@@ -31,19 +30,10 @@ def cases() -> list[Case]:
         return [Case(op, *size, dtype) for op in OPS for size in sizes for dtype in op.dtypes]
     chosen = [op for op in OPS if op.backward is not None and "floating" not in op.name]
     return [
-        Case(op, rows, 64 if op.name == "reparameterize_kl" else 784, torch.float32)
+        Case(op, rows, 64 if op.name.startswith("reparameterize_kl") else 784, torch.float32)
         for op in chosen
         for rows in (128, 512)
     ]
-
-
-def with_impl(op: Op, impl: str) -> Compute:
-    """The public function with the implementation named."""
-    name = op.name.split(",")[0]
-    function: Callable[..., Any] = getattr(kernels, name)
-    if name == "reparameterize_kl":
-        return lambda mu, logvar, seed, offset: function(mu, logvar, seed, offset=offset, impl=impl)
-    return lambda *inputs: (function(*inputs, impl=impl),)
 
 
 def rivals(op: Op) -> dict[str, Compute]:
@@ -55,7 +45,7 @@ def rivals(op: Op) -> dict[str, Compute]:
     }
     # Noise alone has no kernel of its own: the operators draw theirs inside.
     if DEVICE.type == "cuda" and op.backward is not None:
-        computes["fastvae-triton"] = with_impl(op, "triton")
+        computes["fastvae-triton"] = partial(op.fastvae, impl="triton")
     return computes
 
 
@@ -73,7 +63,7 @@ def contest(request: pytest.FixtureRequest) -> tuple[Case, Tensors, dict[str, Co
     """The rivals and what they are given, once they have been seen to agree."""
     case = request.param
     if DEVICE.type == "cuda":
-        needed = TENSORS_ALIVE * case.rows * case.columns * case.dtype.itemsize
+        needed = TENSORS_ALIVE * case.op.samples * case.rows * case.columns * case.dtype.itemsize
         if needed > torch.cuda.mem_get_info()[0]:
             pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     torch._dynamo.reset()

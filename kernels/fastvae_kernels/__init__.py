@@ -1,17 +1,32 @@
 """Fused kernels for variational autoencoders, usable alone.
 
-`reparameterize_kl`, `bernoulli_nll` and `gaussian_nll` run as one Triton launch forward and one
-backward on a GPU, and as plain PyTorch elsewhere, with the same noise. `normal` and `uniform` are
-the counter-based generator they share.
+`reparameterize_kl`, `bernoulli_nll`, `gaussian_nll` and `logistic_mixture_nll` run as one Triton
+launch forward and one backward on a GPU, and as plain PyTorch elsewhere, with the same noise.
+`normal` and `uniform` are the counter-based generator they share.
 """
 
 from fastvae_kernels.functional import (
     Impl,
     bernoulli_nll,
     gaussian_nll,
+    logistic_mixture_channels,
+    logistic_mixture_mean,
+    logistic_mixture_nll,
+    logistic_mixture_sample,
     normal,
     reparameterize_kl,
     uniform,
 )
 
-__all__ = ["Impl", "bernoulli_nll", "gaussian_nll", "normal", "reparameterize_kl", "uniform"]
+__all__ = [
+    "Impl",
+    "bernoulli_nll",
+    "gaussian_nll",
+    "logistic_mixture_channels",
+    "logistic_mixture_mean",
+    "logistic_mixture_nll",
+    "logistic_mixture_sample",
+    "normal",
+    "reparameterize_kl",
+    "uniform",
+]

@@ -5,6 +5,7 @@ elsewhere, which torch.compile sees through and fuses with its neighbours. `"tri
 force one of them.
 """
 
+import math
 from importlib.util import find_spec
 from typing import Literal
 
@@ -25,13 +26,17 @@ def reparameterize_kl(
     seed: int | Tensor,
     *,
     offset: int | Tensor = 0,
+    num_samples: int | None = None,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Draw z ~ N(mu, exp(logvar)) and measure KL(N(mu, exp(logvar)) ‖ N(0, I)), in one pass.
+    """Draw z ~ N(mu, exp(logvar)) and measure KL(N(mu, exp(logvar)) ‖ prior), in one pass.
 
-    Kingma & Welling 2014 (arXiv:1312.6114), section 2.4 and appendix B. The noise is counter-based
-    (see `fastvae_kernels.philox`): element d of row b depends on `seed`, `offset + b` and d alone,
-    and the backward pass draws it again instead of storing it.
+    Kingma & Welling 2014 (arXiv:1312.6114), section 2.4 and appendix B. The prior is N(0, I), or
+    N(prior_mu, exp(prior_logvar)) where those are given, which get their gradients too. The noise
+    is counter-based (see `fastvae_kernels.philox`): element d of row b in sample s depends on
+    `seed`, `offset + b`, d and s alone, and the backward pass draws it again instead of storing it.
 
     Args:
         mu, logvar: `[B, …]`, one shape and device, any strides; float32, bfloat16 or float16
@@ -40,10 +45,15 @@ def reparameterize_kl(
             is never read by the host.
         offset: the global position of row 0, as `seed`. Pass a tensor where it changes from step
             to step, so that nothing is compiled again.
+        num_samples: None to draw z once, or S ≥ 1 to draw it S times; `mu` and `logvar` are read
+            once for all. Sample 0 is what None draws.
+        prior_mu, prior_logvar: both or neither: `[B, …]` like `mu`, any strides (one prior for all
+            rows is `prior_mu.expand_as(mu)`, which takes no memory), a dtype that `mu` may have.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        z: shape and dtype of `mu`. kl: `[B]` float32, nats, summed over all but the batch.
+        z: shape and dtype of `mu`; `[S, B, …]` where `num_samples` is given.
+        kl: `[B]` float32, nats, summed over all but the batch.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or an `impl` that do not fit.
@@ -51,15 +61,23 @@ def reparameterize_kl(
     _check_floating("mu", mu)
     _check_floating("logvar", logvar)
     _check_matches("logvar", logvar, "mu", mu)
-    seed_tensor = _int64_scalar("seed", seed, mu.device)
-    offset_tensor = _int64_scalar("offset", offset, mu.device)
-    if logvar is mu:
-        # One tensor in two places loses half its gradient in some releases of PyTorch
-        # (pytorch#183604): give autograd two.
-        logvar = mu.view_as(mu)
-    if _use_triton(impl, mu, logvar):
-        return ops.reparameterize_kl(mu, logvar, seed_tensor, offset_tensor)
-    return reference.reparameterize_kl(mu, logvar, seed_tensor, offset_tensor)
+    _check_num_samples(num_samples)
+    place = _int64_scalar("seed", seed, mu.device), _int64_scalar("offset", offset, mu.device)
+    if prior_mu is None and prior_logvar is None:
+        mu, logvar = _distinct(mu, logvar)
+        if _use_triton(impl, mu, logvar):
+            return ops.reparameterize_kl(mu, logvar, *place, num_samples)
+        return reference.reparameterize_kl(mu, logvar, *place, num_samples)
+    if prior_mu is None or prior_logvar is None:
+        given, missing = ("prior_mu", "prior_logvar")[:: -1 if prior_mu is None else 1]
+        raise ValueError(f"{given} is given without {missing}; a prior needs both, or neither")
+    for name, x in (("prior_mu", prior_mu), ("prior_logvar", prior_logvar)):
+        _check_floating(name, x)
+        _check_matches(name, x, "mu", mu)
+    mu, logvar, prior_mu, prior_logvar = _distinct(mu, logvar, prior_mu, prior_logvar)
+    if _use_triton(impl, mu, logvar, prior_mu, prior_logvar):
+        return ops.reparameterize_kl_prior(mu, logvar, prior_mu, prior_logvar, *place, num_samples)
+    return reference.reparameterize_kl(mu, logvar, *place, num_samples, prior_mu, prior_logvar)
 
 
 def bernoulli_nll(logits: Tensor, target: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -116,8 +134,7 @@ def gaussian_nll(
     else:
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
         logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
-    if logvar is mean:
-        logvar = mean.view_as(mean)
+    mean, logvar = _distinct(mean, logvar)
     if _use_triton(impl, mean, logvar):
         return ops.gaussian_nll(mean, target, logvar)
     return reference.gaussian_nll(mean, target, logvar)
@@ -183,6 +200,24 @@ def _use_triton(impl: Impl, *tensors: Tensor) -> bool:
     return True
 
 
+def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """One tensor in two places loses half its gradient in some releases of PyTorch
+    (pytorch#183604): give autograd a view for each."""
+    return tuple(
+        x.view_as(x) if any(x is other for other in tensors[:i]) else x
+        for i, x in enumerate(tensors)
+    )
+
+
+def _check_num_samples(num_samples: int | None) -> None:
+    if num_samples is None:
+        return
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool):
+        raise TypeError(f"num_samples must be an int or None, got {type(num_samples).__name__}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+
 def _check_floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -227,3 +262,152 @@ def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tenso
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must lie in [-2^63, 2^63), got {value}")
     return torch.full((), value, dtype=torch.int64, device=device)
+
+
+# ---------------------------------------------------------------- mixtures of discretised logistics
+
+
+def logistic_mixture_channels(mixtures: int, channels: int) -> int:
+    """P, the parameters of a pixel: M·(1 + 2C + C(C−1)/2) for M components and C colour channels.
+
+    The channels of a parameter tensor `[B, P, H, W]` come in groups of M, one of each component:
+    the mixture's logits; for each colour channel its means and then its log-scales; for each
+    colour channel after the first its couplings to the channels before it. With C = 3 the ten
+    groups are: logits; means and log-scales of red, of green, of blue; green to red, blue to red,
+    blue to green.
+    """
+    return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
+
+
+def logistic_mixture_nll(
+    parameters: Tensor, target: Tensor, *, mixtures: int, levels: int = 256, impl: Impl = "auto"
+) -> Tensor:
+    """−log p(target) under a mixture of discretised logistics at each pixel, as in PixelCNN++.
+
+    Salimans et al. 2017 (arXiv:1701.05517), sections 2.1 and 2.2. The levels 0 … L−1 lie at
+    −1 … 1. One component m is chosen for all channels of a pixel; given m, channel c is logistic,
+    and the probability of a level is the logistic's mass within half a step of it, where the bins
+    of the first and the last level are open, so that all levels together have probability 1. The
+    mean of a channel is its parameter plus Σ_j tanh(coupling_cj) x_j over the channels before it,
+    with their true values x_j in [−1, 1].
+
+    Log-scales below −7 count as −7 (as in the authors' code: two of 256 levels are then 8.6 scales
+    apart), and have no gradient there. No pixel's term overflows for means of up to 1e34.
+
+    Args:
+        parameters: `[B, P, H, W]`, any strides, P and its order as `logistic_mixture_channels`
+            has them; float32, bfloat16 or float16 (float64 with the reference).
+        target: `[B, C, H, W]`, C = 1, 2 or 3, on the same device; uint8 or bool, read as levels
+            0 … L−1 (with 256 levels, pixels as they are), or floating in [0, 1], read as the
+            level nearest to target·(L−1). Values beyond are read as the level at that end, which
+            is not reported, since looking would stop a GPU. No gradient flows to it.
+        mixtures: M ≥ 1, the number of components.
+        levels: L in 2 … 256.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        nll: `[B]` float32, nats, summed over the pixels.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices, numbers or an `impl` that do not fit.
+    """
+    _check_floating("parameters", parameters)
+    _check_image_target(target, parameters)
+    _check_logistic_mixture(parameters, mixtures, target.shape[1], levels)
+    if _use_triton(impl, parameters):
+        return ops.logistic_mixture_nll(parameters, target, mixtures, levels)[0]
+    return reference.logistic_mixture_nll(parameters, target, mixtures, levels)
+
+
+def logistic_mixture_mean(parameters: Tensor, mixtures: int, channels: int) -> Tensor:
+    """The mean image of a mixture of discretised logistics: the components' means, weighted.
+
+    A component's means are clipped to [−1, 1] in the order of the channels, and those of later
+    channels are coupled to the clipped ones, as the paper's sampling does. It is not the exact
+    expectation: what the open end bins do to a wide or far component is left out.
+
+    Args:
+        parameters: `[B, P, H, W]` as in `logistic_mixture_nll`.
+        mixtures, channels: M and C.
+
+    Returns:
+        `[B, C, H, W]` in [0, 1], float32.
+
+    Raises:
+        ValueError, TypeError: for parameters or numbers that do not fit.
+    """
+    _check_floating("parameters", parameters)
+    _check_logistic_mixture(parameters, mixtures, channels)
+    return reference.logistic_mixture_mean(parameters, mixtures, channels)
+
+
+def logistic_mixture_sample(
+    parameters: Tensor,
+    mixtures: int,
+    channels: int,
+    levels: int,
+    seed: int | Tensor,
+    *,
+    offset: int | Tensor = 0,
+) -> Tensor:
+    """Draw images from a mixture of discretised logistics: exactly what `logistic_mixture_nll`
+    measures, bins, open ends and coupling to the levels drawn included.
+
+    Args:
+        parameters: `[B, P, H, W]` as in `logistic_mixture_nll`.
+        mixtures, channels, levels: M, C and L.
+        seed, offset: row b is a function of its parameters, `seed` and `offset + b` alone, as with
+            `uniform`.
+
+    Returns:
+        `[B, C, H, W]`, level / (L−1), in [0, 1], float32.
+
+    Raises:
+        ValueError, TypeError: for parameters or numbers that do not fit.
+    """
+    _check_floating("parameters", parameters)
+    _check_logistic_mixture(parameters, mixtures, channels, levels)
+    B, _, H, W = parameters.shape
+    shape = (B, mixtures + channels, H, W)
+    draws = uniform(shape, seed, offset=offset, device=parameters.device)
+    return reference.logistic_mixture_sample(parameters, draws, mixtures, channels, levels)
+
+
+def _check_image_target(target: Tensor, parameters: Tensor) -> None:
+    """Batch, size and device as the parameters; only the channels differ."""
+    _check_target(target, "target", target)  # its kind alone
+    for name, x in (("parameters", parameters), ("target", target)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, channels, H, W], got shape {tuple(x.shape)}")
+    if (target.shape[0], *target.shape[2:]) != (parameters.shape[0], *parameters.shape[2:]):
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, parameters {tuple(parameters.shape)}; "
+            "batch, height and width must be the same"
+        )
+    if target.device != parameters.device:
+        raise ValueError(f"target is on {target.device}, parameters on {parameters.device}")
+
+
+def _check_logistic_mixture(
+    parameters: Tensor, mixtures: int, channels: int, levels: int = 256
+) -> None:
+    for name, value, least, most in (
+        ("mixtures", mixtures, 1, math.inf),
+        ("channels", channels, 1, 3),
+        ("levels", levels, 2, 256),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if not least <= value <= most:
+            allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise ValueError(f"{name} must be {allowed}, got {value}")
+    if parameters.dim() != 4:
+        raise ValueError(
+            f"parameters must be [B, channels, H, W], got shape {tuple(parameters.shape)}"
+        )
+    wanted = logistic_mixture_channels(mixtures, channels)
+    if parameters.shape[1] != wanted:
+        raise ValueError(
+            f"parameters has {parameters.shape[1]} channels; {mixtures} components and "
+            f"{channels} colour channels need {wanted}"
+        )

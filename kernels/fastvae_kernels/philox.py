@@ -3,8 +3,9 @@
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a 128-bit
 counter and a 64-bit key into four 32-bit integers. Here the key is the seed, and the counter is
 the place: row r (a global sample position) and columns 4q … 4q+3 of a tensor with D columns take
-the four outputs of the call number `r * ceil(D / 4) + q`. A row therefore meets the same noise on
-every device, in every process, and in whatever batch it comes.
+the four outputs of the call number `r * ceil(D / 4) + q`, which is counter words 0 and 1. Word 2 is
+the number of the sample, 0 where a row is drawn once. A row therefore meets the same noise on every
+device, in every process, in whatever batch it comes, and however many samples are drawn of it.
 
 Integers are held in int64 and every product fits in 63 bits, so eager PyTorch, Inductor and the
 Triton kernels agree on them bit for bit.
@@ -49,28 +50,32 @@ def philox4x32(
 
 
 def row_bits(
-    rows: int, columns: int, seed: Tensor, offset: Tensor
+    rows: int, columns: int, seed: Tensor, offset: Tensor, samples: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four outputs for each group of four columns: int64 `[rows, ceil(columns / 4)]` each.
 
     `seed` and `offset` (the global position of the first row) are int64 tensors of one element;
-    the result lies on `offset`'s device.
+    the result lies on `offset`'s device. With `samples` it is `[samples, rows, ceil(columns / 4)]`,
+    sample 0 being what is drawn without.
     """
     device = offset.device
     groups = (columns + 3) // 4
     row_R1 = (offset.reshape(()) + torch.arange(rows, device=device)).unsqueeze(1)
     call_RG = row_R1 * groups + torch.arange(groups, device=device)
     zero_RG = torch.zeros_like(call_RG)
+    sample = zero_RG
+    if samples is not None:
+        sample = torch.arange(samples, device=device).view(samples, 1, 1)
     seed = seed.reshape(())
     return philox4x32(
-        (call_RG & _MASK, (call_RG >> 32) & _MASK, zero_RG, zero_RG),
+        (call_RG & _MASK, (call_RG >> 32) & _MASK, sample, zero_RG),
         (seed & _MASK, (seed >> 32) & _MASK),
     )
 
 
 def _interleave(parts: tuple[Tensor, ...], columns: int) -> Tensor:
-    """`[rows, groups]` × 4 → `[rows, columns]`, part j in columns 4q + j."""
-    return torch.stack(parts, dim=-1).flatten(1)[:, :columns]
+    """`[…, groups]` × 4 → `[…, columns]`, part j in columns 4q + j."""
+    return torch.stack(parts, dim=-1).flatten(-2)[..., :columns]
 
 
 def row_uniforms(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
@@ -79,9 +84,12 @@ def row_uniforms(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tenso
     return _interleave(parts, columns)
 
 
-def row_normals(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
-    """Standard normal: float32 `[rows, columns]`, magnitudes up to 6.8."""
-    a, b, c, d = row_bits(rows, columns, seed, offset)
+def row_normals(
+    rows: int, columns: int, seed: Tensor, offset: Tensor, samples: int | None = None
+) -> Tensor:
+    """Standard normal, magnitudes up to 6.8: float32 `[rows, columns]`, or with `samples`
+    `[samples, rows, columns]`."""
+    a, b, c, d = row_bits(rows, columns, seed, offset, samples)
     return _interleave((*_box_muller(a, b), *_box_muller(c, d)), columns)
 
 

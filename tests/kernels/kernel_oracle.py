@@ -25,7 +25,7 @@ def philox4x32_10(counter, key):
     return c
 
 
-def row_bits(rows: int, columns: int, seed: int, offset: int = 0) -> np.ndarray:
+def row_bits(rows: int, columns: int, seed: int, offset: int = 0, sample: int = 0) -> np.ndarray:
     """The 32-bit words behind a tensor `[rows, 4 ceil(columns / 4)]`, one for each column."""
     groups = -(-columns // 4)
     # Python's integers have no width: the counter and the key are cut to 64 bits here.
@@ -35,7 +35,7 @@ def row_bits(rows: int, columns: int, seed: int, offset: int = 0) -> np.ndarray:
     ).reshape(rows, groups)
     zero = np.zeros_like(call)
     key = (np.uint64(seed % 2**32), np.uint64(seed % 2**64 >> 32))
-    words = philox4x32_10((call & _MASK, call >> _SHIFT, zero, zero), key)
+    words = philox4x32_10((call & _MASK, call >> _SHIFT, zero + np.uint64(sample), zero), key)
     return np.stack(words, axis=-1).reshape(rows, 4 * groups)
 
 
@@ -59,10 +59,18 @@ def normals_from_bits(radius_bits: np.ndarray, angle_bits: np.ndarray):
     return x_sign * x, y_sign * y
 
 
-def normals(shape: tuple[int, ...], seed: int, offset: int = 0) -> Tensor:
-    """float64 standard normals of the given shape, `[B, …]`, on the CPU."""
+def normals(
+    shape: tuple[int, ...], seed: int, offset: int = 0, num_samples: int | None = None
+) -> Tensor:
+    """float64 standard normals on the CPU: `shape` = `[B, …]`, or `[num_samples, B, …]`."""
+    if num_samples is None:
+        return _normals(shape, seed, offset, 0)
+    return torch.stack([_normals(shape, seed, offset, s) for s in range(num_samples)])
+
+
+def _normals(shape: tuple[int, ...], seed: int, offset: int, sample: int) -> Tensor:
     rows, columns = shape[0], math.prod(shape[1:])
-    words = row_bits(rows, columns, seed, offset).reshape(-1, 4)
+    words = row_bits(rows, columns, seed, offset, sample).reshape(-1, 4)
     x0, y0 = normals_from_bits(words[:, 0], words[:, 1])
     x1, y1 = normals_from_bits(words[:, 2], words[:, 3])
     flat = np.stack([x0, y0, x1, y1], axis=-1).reshape(rows, -1)[:, :columns]
@@ -93,21 +101,38 @@ class Truth(dict):
 
 
 def reparameterize_kl(
-    mu: Tensor, logvar: Tensor, epsilon: Tensor, grad_z: Tensor | None, grad_kl: Tensor | None
+    mu: Tensor,
+    logvar: Tensor,
+    epsilon: Tensor,
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    prior: tuple[Tensor, Tensor] | None = None,
 ) -> Truth:
-    """z, kl and the gradients of grad_z·z + grad_kl·kl (None: that output is not used)."""
+    """z, kl and the gradients of grad_z·z + grad_kl·kl (None: that output is not used), also for
+    `prior` = (μₚ, log σₚ²). `epsilon` and `grad_z` are `[B, …]` or `[S, B, …]`."""
     mu, logvar = mu.double(), logvar.double()
-    sigma, variance = (0.5 * logvar).exp(), logvar.exp()
+    sigma = (0.5 * logvar).exp()
     one = torch.ones_like(mu)
-    g = torch.zeros_like(mu) if grad_z is None else grad_z.double()
+    g = torch.zeros_like(epsilon) if grad_z is None else grad_z.double()
     k = torch.zeros_like(mu) if grad_kl is None else _over_rows(grad_kl, mu) * one
+    prior_mu, prior_logvar = prior or (0 * one, 0 * one)
+    prior_mu, prior_logvar = prior_mu.double(), prior_logvar.double()
+    ratio, inverse_sigma = (logvar - prior_logvar).exp(), (-0.5 * prior_logvar).exp()
+    standard = (mu - prior_mu) * inverse_sigma
     truth = Truth()
     truth.put("z", mu, sigma * epsilon)
-    truth.put("kl", 0.5 * mu**2, 0.5 * variance, -0.5 * one, -0.5 * logvar, sum_rows=True)
-    truth.put("grad_mu", g, k * mu)
+    kl = (0.5 * standard**2, 0.5 * ratio, -0.5 * one, -0.5 * logvar, 0.5 * prior_logvar)
+    truth.put("kl", *kl, sum_rows=True)
     # 0 · ∞ is 0 here: what has no weight has no gradient.
-    from_kl = (torch.where(k == 0, 0, 0.5 * k * variance), -0.5 * k)
-    truth.put("grad_logvar", torch.where(g == 0, 0, 0.5 * g * epsilon * sigma), *from_kl)
+    gs = g if g.dim() > mu.dim() else g.unsqueeze(0)
+    from_z = torch.where(g == 0, 0, 0.5 * g * epsilon * sigma).reshape(gs.shape)
+    from_error = torch.where(k == 0, 0, k * standard * inverse_sigma)
+    from_ratio = torch.where(k == 0, 0, 0.5 * k * ratio)
+    from_square = torch.where(k == 0, 0, 0.5 * k * standard**2)
+    truth.put("grad_mu", *gs, from_error)
+    truth.put("grad_logvar", *from_z, from_ratio, -0.5 * k)
+    truth.put("grad_prior_mu", -from_error)
+    truth.put("grad_prior_logvar", -from_ratio, 0.5 * k, -from_square)
     return truth
 
 

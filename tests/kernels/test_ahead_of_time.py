@@ -34,7 +34,8 @@ SIZES = [(4096, 64), (512, 4096)]
 
 @dataclass
 class Kernel:
-    """`reads` and `writes`: the floating `[B, D]` operands. `others`: further pointers, by type."""
+    """`reads` and `writes`: the floating `[B, D]` or `[S, B, D]` operands. `others`: further
+    pointers, by type. `constants`: also a 1, which Triton makes a constant of its own accord."""
 
     reads: list[str]
     writes: list[str]
@@ -44,14 +45,18 @@ class Kernel:
 
 SCALARS = {"seed_ptr": "*i64", "offset_ptr": "*i64"}
 SCALE = {"TARGET_SCALE": 1 / 255}
+Q, PRIOR = ["mu_BD", "logvar_BD"], ["prior_mu_BD", "prior_logvar_BD"]
+GRADS, PRIOR_GRADS = (
+    ["grad_mu_BD", "grad_logvar_BD"],
+    ["grad_prior_mu_BD", "grad_prior_logvar_BD"],
+)
+ONE_SAMPLE = {"num_samples": 1, "HAS_PRIOR": False}
 KERNELS = {
     ("reparameterize_kl", "forward_kernel"): Kernel(
-        ["mu_BD", "logvar_BD"], ["z_BD"], {**SCALARS, "kl_BS": "*fp32"}
+        Q, ["z_SBD"], {**SCALARS, "kl_BP": "*fp32"}, ONE_SAMPLE
     ),
     ("reparameterize_kl", "backward_kernel"): Kernel(
-        ["mu_BD", "logvar_BD", "grad_z_BD"],
-        ["grad_mu_BD", "grad_logvar_BD"],
-        {**SCALARS, "grad_kl_B": "*fp32"},
+        [*Q, "grad_z_SBD"], GRADS, {**SCALARS, "grad_kl_B": "*fp32"}, ONE_SAMPLE
     ),
     ("bernoulli_nll", "forward_kernel"): Kernel(
         ["logits_BD"], [], {"target_BD": "*u8", "nll_BS": "*fp32"}, SCALE
@@ -68,6 +73,24 @@ KERNELS = {
         {"target_BD": "*u8", "grad_nll_B": "*fp32"},
         {**SCALE, "WRITE_GRAD_LOGVAR": True},
     ),
+}
+
+
+# The same kernels with a prior, and with any number of samples.
+VARIANTS = {
+    f"{name}{label}": Kernel(
+        [*spec.reads, *(PRIOR if prior else [])],
+        [*spec.writes, *(PRIOR_GRADS if prior and name == "backward" else [])],
+        spec.others,
+        {"HAS_PRIOR": prior, **({} if samples else {"num_samples": 1})},
+    )
+    for name in ("forward", "backward")
+    for spec in [KERNELS["reparameterize_kl", f"{name}_kernel"]]
+    for label, samples, prior in (
+        ("-samples", True, False),
+        ("-prior", False, True),
+        ("-samples-prior", True, True),
+    )
 }
 
 
@@ -90,7 +113,8 @@ def test_every_kernel_is_listed():
         if module is not device_math
         for name, _ in jit_functions(module)
     }
-    assert found == set(KERNELS)
+    elsewhere = {(m, n) for m, n in found if m == "logistic_mixture_nll"}  # in its own test file
+    assert found - elsewhere == set(KERNELS)
 
 
 def test_device_math_touches_no_memory():
@@ -101,9 +125,11 @@ def test_device_math_touches_no_memory():
         assert not re.search(r"tl\.(load|store|atomic)", inspect.getsource(function.fn)), name
 
 
-def compile_kernel(module: str, name: str, dtype: str, architecture: int, size, **constants):
+def compile_kernel(
+    module: str, name: str, dtype: str, architecture: int, size, spec=None, **constants
+):
     """As the launcher would for contiguous, aligned rows."""
-    spec = KERNELS[module, name]
+    spec = spec or KERNELS[module, name]
     function = getattr(importlib.import_module(f"{triton_kernels.__name__}.{module}"), name)
     tiles = launch.tiling(*size)
     constants = {
@@ -113,19 +139,23 @@ def compile_kernel(module: str, name: str, dtype: str, architecture: int, size, 
         **constants,
     }
     pointers = {**spec.others, **dict.fromkeys(spec.reads + spec.writes, f"*{dtype}")}
+    if "HAS_PRIOR" in constants:  # a prior that is not there has pointers all the same
+        pointers |= dict.fromkeys(PRIOR + PRIOR_GRADS, f"*{dtype}")
     signature, constexprs, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
         argument = parameter.name
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or argument in constants:
             signature[argument], constexprs[i,] = "constexpr", constants[argument]
         elif argument.endswith("_stride_d"):  # Triton makes a 1 a constant of its own accord
             signature[argument], constexprs[i,] = "constexpr", 1
         elif argument in pointers:
             signature[argument], attributes[i,] = pointers[argument], [["tt.divisibility", 16]]
-        elif argument == "B":
+        elif argument in ("B", "num_samples"):
             signature[argument] = "i32"
         else:
-            assert argument in ("D", "columns_per_split") or argument.endswith("_stride_b")
+            assert argument in ("D", "columns_per_split") or argument.endswith(
+                ("_stride_b", "_stride_s")
+            )
             signature[argument], attributes[i,] = "i32", [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(function, signature, constexprs, attributes),
@@ -184,23 +214,61 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "dtype", "architecture", "size"), CASES)
-def test_wide_access_and_no_spills(module, name, dtype, architecture, size, tmp_path):
-    ptx = compile_kernel(module, name, dtype, architecture, size).asm["ptx"]
-    check_no_spills(ptx, architecture, tmp_path)
-
+def check_access(spec: Kernel, ptx: str, dtype: str, architecture: int, folder: Path):
+    """Each operand is read or written once, 128 bits at a time, and nothing spills."""
+    check_no_spills(ptx, architecture, folder)
     bytes_a_thread = launch.TILE * DTYPES[dtype] // (32 * launch.OPTIONS["num_warps"])
-    spec = KERNELS[module, name]
     loads = len(spec.reads) * bytes_a_thread // 16
     stores = len(spec.writes) * bytes_a_thread // 16
-    assert wide(ptx, "ld") >= loads
-    assert wide(ptx, "st") >= stores
+    assert wide(ptx, "ld") == loads
+    assert wide(ptx, "st") == stores
 
-    sass = machine_code(tmp_path)
+    sass = machine_code(folder)
     if sass:
         assert wide_in_machine_code(sass, "LDG") >= loads
         assert wide_in_machine_code(sass, "STG") >= stores
         assert not re.search(r"\b(LDL|STL)\b", sass)
+
+
+@pytest.mark.parametrize(("module", "name", "dtype", "architecture", "size"), CASES)
+def test_wide_access_and_no_spills(module, name, dtype, architecture, size, tmp_path):
+    ptx = compile_kernel(module, name, dtype, architecture, size).asm["ptx"]
+    check_access(KERNELS[module, name], ptx, dtype, architecture, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture"), [*(("fp32", n) for n in ARCHITECTURES), ("bf16", 90)]
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samples_and_prior(variant, dtype, architecture, tmp_path):
+    spec = VARIANTS[variant]
+    name = variant.split("-")[0] + "_kernel"
+    kernel = compile_kernel("reparameterize_kl", name, dtype, architecture, SIZES[1], spec=spec)
+    check_access(spec, kernel.asm["ptx"], dtype, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_one_sample_without_a_prior_pays_for_neither(name):
+    """No loop over samples, and no more than the operands that it has always had. The loop over
+    a row's tiles is the forward pass's own."""
+    one = compile_kernel("reparameterize_kl", f"{name}_kernel", "fp32", 90, SIZES[1])
+    many = compile_kernel(
+        *("reparameterize_kl", f"{name}_kernel", "fp32", 90, SIZES[1]),
+        spec=VARIANTS[f"{name}-samples"],
+    )
+    tiles = int(name == "forward")
+    assert one.asm["ttgir"].count("scf.for") == tiles
+    assert many.asm["ttgir"].count("scf.for") == tiles + 1
+
+
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+def test_all_numbers_of_samples_but_one_share_a_kernel(name):
+    """Triton makes a constant of a 1, and compiles again for a multiple of 16 unless told."""
+    module = importlib.import_module(f"{triton_kernels.__name__}.reparameterize_kl")
+    (samples,) = (p for p in getattr(module, name).params if p.name == "num_samples")
+    assert not samples.is_constexpr
+    assert not samples.do_not_specialize
+    assert samples.do_not_specialize_on_alignment
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -20,10 +20,12 @@ def _forget_compiled_code():
 
 
 def tensors(device, batch=6, columns=130, dtype=torch.float32):
-    """mu, logvar, logits, mean, pixel_logvar, one_logvar want gradients; the rest is data."""
+    """mu, logvar, logits, mean, pixel_logvar, one_logvar, prior_mu, prior_logvar want gradients;
+    the rest is data. The prior is one for all rows."""
     draw = Draw(device, dtype)
     shape = (batch, columns)
     wanted = [leaf(draw(shape)) for _ in range(5)] + [leaf(draw(()))]
+    wanted += [leaf(draw((1, columns))) for _ in range(2)]
     data = [
         draw.target(shape, torch.uint8),
         torch.tensor(2**40 + 1, device=device),
@@ -34,9 +36,17 @@ def tensors(device, batch=6, columns=130, dtype=torch.float32):
 
 def public(wanted, data):
     """Every public function once: noise, KL, and both likelihoods in all their forms."""
-    mu, logvar, logits, mean, pixel_logvar, one_logvar = wanted
+    mu, logvar, logits, mean, pixel_logvar, one_logvar, *prior = wanted
     target, seed, offset = data
     z, kl = reparameterize_kl(mu, logvar, seed, offset=offset)
+    prior_mu, prior_logvar = (x.expand_as(mu) for x in prior)
+    zs, kl_from_prior = reparameterize_kl(
+        *(mu, logvar, seed),
+        offset=offset,
+        num_samples=3,
+        prior_mu=prior_mu,
+        prior_logvar=prior_logvar,
+    )
     bernoulli = bernoulli_nll(logits, target)
     elementwise = gaussian_nll(mean, target, pixel_logvar)
     learned = gaussian_nll(z, target, one_logvar)
@@ -44,17 +54,19 @@ def public(wanted, data):
     noise = normal(z.shape, seed, offset=offset, device=z.device) + uniform(
         z.shape, seed, offset=offset, device=z.device
     )
-    return z, kl, bernoulli, elementwise, learned, number, noise
+    return z, kl, zs, kl_from_prior, bernoulli, elementwise, learned, number, noise
 
 
 def operators(wanted, data):
-    mu, logvar, logits, mean, pixel_logvar, one_logvar = wanted
+    mu, logvar, logits, mean, pixel_logvar, one_logvar, *prior = wanted
     target, seed, offset = data
     ops = torch.ops.fastvae
     z, kl = ops.reparameterize_kl(mu, logvar, seed, offset)
+    prior = [x.expand_as(mu) for x in prior]
     return (
         z,
         kl,
+        *ops.reparameterize_kl_prior(mu, logvar, *prior, seed, offset, 3),
         ops.bernoulli_nll(logits, target),
         ops.gaussian_nll(mean, target, pixel_logvar),
         ops.gaussian_nll(z, target, one_logvar),
@@ -140,6 +152,33 @@ def test_a_dynamic_graph_serves_all_batch_sizes(device, function):
     assert counts == [counts[0]] * 3
 
 
+@pytest.mark.parametrize("function", [reparameterize_kl, torch.ops.fastvae.reparameterize_kl])
+def test_a_dynamic_graph_serves_all_numbers_of_samples(device, function):
+    """Forward and backward; the number of samples is a size like another."""
+    counter = CompileCounterWithBackend("aot_eager")
+    public = function is reparameterize_kl
+
+    def run(mu, logvar, seed, num_samples):
+        if public:
+            return function(mu, logvar, seed, num_samples=num_samples)
+        return function(mu, logvar, seed, seed * 0, num_samples)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    (mu, logvar, *_), (_, seed, _) = tensors(device)
+    counts = []
+    for num_samples in (5, 3, 8):
+        grad_z = Draw(device, seed=num_samples)((num_samples, *mu.shape))
+        both = []
+        for f in (compiled, run):
+            z, kl = f(mu, logvar, seed, num_samples)
+            grads = torch.autograd.grad((z, kl), (mu, logvar), (grad_z, torch.ones_like(kl)))
+            both.append((z, kl, *grads))
+        for g, w in zip(*both, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+        counts.append(counter.frame_count)
+    assert counts == [counts[0]] * 3
+
+
 # ------------------------------------------------------------------------------------ opcheck
 
 
@@ -156,6 +195,9 @@ def opcheck_cases():
     def strided(d):
         return leaf(Draw(d)((5, 3)).t()), leaf(Draw(d)((3, 10)).chunk(2, 1)[1])
 
+    def expanded(d):
+        return tuple(leaf(Draw(d)((1, 5)).expand(3, 5)) for _ in range(2))
+
     def ones(d, n=3):
         return torch.ones(1, device=d).expand(n)
 
@@ -170,8 +212,43 @@ def opcheck_cases():
             lambda d: (*both(d, image, bf16), *scalars(d)),
             lambda d: (*strided(d), *scalars(d)),
             lambda d: (*both(d, (0, 5)), *scalars(d)),
+            lambda d: (*both(d), *scalars(d), 1),
+            lambda d: (*both(d, image, bf16), *scalars(d), 3),
+            lambda d: (*strided(d), *scalars(d), 2),
+        ],
+        "reparameterize_kl_prior": [
+            lambda d: (*both(d), *both(d), *scalars(d)),
+            lambda d: (*both(d, image, bf16), *both(d, image), *scalars(d), 3),
+            lambda d: (*strided(d), *expanded(d), *scalars(d), 2),
+            lambda d: (*both(d, (0, 5)), *both(d, (0, 5)), *scalars(d), 2),
+        ],
+        "reparameterize_kl_prior_backward": [
+            lambda d: (
+                *(x.detach() for x in (*both(d), *strided(d))),
+                *scalars(d),
+                Draw(d)((3, 5)),
+                ones(d),
+            ),
+            lambda d: (
+                *(x.detach() for x in (*both(d, image, bf16), *both(d, image))),
+                *scalars(d),
+                Draw(d, bf16)((1, *image)).expand(3, *image),
+                ones(d, 2),
+            ),
+            lambda d: (
+                *(x.detach() for x in (*strided(d), *expanded(d))),
+                *scalars(d),
+                Draw(d)((5, 3, 2)).permute(2, 1, 0),
+                ones(d),
+            ),
         ],
         "reparameterize_kl_backward": [
+            lambda d: (
+                *(x.detach() for x in both(d)),
+                *scalars(d),
+                Draw(d)((1, 3, 5)).expand(4, 3, 5),
+                ones(d),
+            ),
             lambda d: (*(x.detach() for x in both(d)), *scalars(d), Draw(d)((3, 5)), ones(d)),
             lambda d: (
                 *(x.detach() for x in both(d, image, bf16)),
@@ -218,7 +295,8 @@ def opcheck_cases():
 
 def test_every_operator_has_opcheck_cases():
     registered = {name for name in dir(torch.ops.fastvae) if not name.startswith("_")}
-    assert set(opcheck_cases()) == registered - {"name"}
+    elsewhere = {name for name in registered if name.startswith("logistic_mixture")}
+    assert set(opcheck_cases()) == registered - elsewhere - {"name"}
 
 
 @pytest.mark.parametrize(
@@ -255,8 +333,9 @@ def test_autocast_changes_nothing(device, function, dtype):
     with torch.autocast(device, torch.bfloat16):
         outputs = function(wanted, data)
         got = results(function, wanted, data)
-    assert outputs[0].dtype == dtype
-    assert all(y.dtype == torch.float32 for y in outputs[1:])
+    drawn = (outputs[0], outputs[2])
+    assert all(y.dtype == dtype for y in drawn)
+    assert all(y.dtype == torch.float32 for y in outputs if not any(y is z for z in drawn))
     for g, w in zip(got, results(function, wanted, data), strict=True):
         assert g.dtype == w.dtype
         assert torch.equal(g, w)
@@ -271,12 +350,13 @@ def test_no_value_is_read_by_the_host(function):
     with FakeTensorMode():
         wanted = [torch.randn(6, 130, requires_grad=True) for _ in range(5)]
         wanted.append(torch.zeros((), requires_grad=True))
+        wanted += [torch.randn(1, 130, requires_grad=True) for _ in range(2)]
         data = [
             torch.zeros(6, 130, dtype=torch.uint8),
             *(torch.zeros((), dtype=torch.int64) for _ in range(2)),
         ]
         got = results(function, wanted, data)
-        assert [y.shape for y in got[-6:]] == [x.shape for x in wanted]
+        assert [y.shape for y in got[-len(wanted) :]] == [x.shape for x in wanted]
 
 
 def test_a_gpu_takes_the_operators_without_reading_a_value():
@@ -289,6 +369,11 @@ def test_a_gpu_takes_the_operators_without_reading_a_value():
         for args in ((seed, seed), (-3, 2**40)):
             z, kl = reparameterize_kl(mu, mu, args[0], offset=args[1])
             assert (z.device.type, z.dtype, z.shape) == ("cuda", torch.bfloat16, (6, 130))
+            assert (kl.device.type, kl.dtype, kl.shape) == ("cuda", torch.float32, (6,))
+            z, kl = reparameterize_kl(
+                *(mu, mu, args[0]), num_samples=4, prior_mu=mu, prior_logvar=mu
+            )
+            assert (z.device.type, z.dtype, z.shape) == ("cuda", torch.bfloat16, (4, 6, 130))
             assert (kl.device.type, kl.dtype, kl.shape) == ("cuda", torch.float32, (6,))
             noise = normal((6, 3), args[0], offset=args[1], device="cuda")
             assert (noise.device.type, noise.shape) == ("cuda", (6, 3))

@@ -111,6 +111,19 @@ def test_reference_bits_at_large_positions(device, seed, offset):
     assert got.tolist() == row_bits(3, 10, seed, offset).astype(np.int64).tolist()
 
 
+@pytest.mark.parametrize(
+    ("seed", "offset"), [(0, 0), (-(2**63), 2**33 + 5), (2**62 + 3, 2**62 + 1)]
+)
+def test_reference_bits_of_samples(device, seed, offset):
+    """The number of the sample is word 2 of the counter; sample 0 is the row drawn once."""
+    place = [torch.tensor(v, device=device) for v in (seed, offset)]
+    got = torch.stack(philox.row_bits(3, 10, *place, samples=5), dim=-1).flatten(2).cpu()
+    want = [row_bits(3, 10, seed, offset, sample) for sample in range(5)]
+    assert got.tolist() == np.stack(want).astype(np.int64).tolist()
+    once = torch.stack(philox.row_bits(3, 10, *place), dim=-1).flatten(1).cpu()
+    assert torch.equal(got[0], once)
+
+
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_noise_against_float64(impl, device, seed, offset):
@@ -125,6 +138,24 @@ def test_noise_against_float64_in_bulk(impl, device):
     got = noise_on(impl, device, rows, 4001, seed=5, offset=2**35).double()
     want = normals((rows, 4001), 5, 2**35)
     assert ((got - want).abs() / (1 + want.abs())).max() < NORMAL_TOLERANCE
+
+
+def test_noise_of_samples_against_float64(impl, device):
+    zero = torch.zeros(3, 10, device=device)
+    got, _ = reparameterize_kl(
+        zero, zero.clone(), 2**62 + 3, offset=2**33 + 5, num_samples=5, impl=impl
+    )
+    want = normals((3, 10), 2**62 + 3, 2**33 + 5, num_samples=5)
+    assert ((got.double().cpu() - want).abs() / (1 + want.abs())).max() < NORMAL_TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (5, 63), (0, 4), (4, 0)])
+def test_row_normals_with_samples(device, shape):
+    seed, offset = (torch.tensor(v, device=device) for v in (3, 2**40))
+    got = philox.row_normals(*shape, seed, offset, samples=4)
+    assert (got.shape, got.dtype) == ((4, *shape), torch.float32)
+    assert torch.equal(got[0], philox.row_normals(*shape, seed, offset))
+    assert torch.equal(got[:2], philox.row_normals(*shape, seed, offset, samples=2))
 
 
 def box_muller_on(impl: str, device: str, radius_bits: np.ndarray, angle_bits: np.ndarray):
@@ -222,6 +253,40 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     x, y = x.flatten() - x.mean(), y.flatten() - y.mean()
     r = (x * y).sum() / (x.norm() * y.norm())
     return r.item() * math.sqrt(x.numel())
+
+
+@pytest.fixture(scope="module")
+def samples() -> torch.Tensor:
+    zero = torch.tensor(0)
+    return philox.row_normals(64, 1023, zero, zero, samples=16).double()
+
+
+def test_samples_are_normal(samples):
+    for sample in samples:
+        assert stats.kstest(sample.flatten().numpy(), "norm").pvalue > 0.001
+    assert stats.kstest(samples.flatten().numpy(), "norm").pvalue > 0.01
+
+
+@pytest.mark.parametrize("of", ["values", "squares"])
+@pytest.mark.parametrize("pair", ["samples", "samples2", "samples_rows", "samples_columns"])
+def test_samples_are_uncorrelated(samples, pair, of):
+    """One with the next and the next but one, and with its neighbours in row and column."""
+    x, y = {
+        "samples": (samples[:-1], samples[1:]),
+        "samples2": (samples[:-2], samples[2:]),
+        "samples_rows": (samples[:-1, 1:], samples[1:, :-1]),
+        "samples_columns": (samples[:-1, :, 4:], samples[1:, :, :-4]),
+    }[pair]
+    if of == "squares":
+        x, y = x.square(), y.square()
+    assert abs(correlation(x, y)) < SIGMAS
+
+
+def test_the_mean_over_samples_shrinks_as_it_must(samples):
+    """The average of 16 independent normals has a variance of 1/16."""
+    mean = samples.mean(0).flatten() * 4
+    assert abs(mean.var().item() - 1) < SIGMAS * math.sqrt(2 / mean.numel())
+    assert stats.kstest(mean.numpy(), "norm").pvalue > 0.01
 
 
 @pytest.mark.parametrize("of", ["values", "squares"])

@@ -7,6 +7,7 @@ import kernel_oracle as oracle
 import pytest
 import torch
 from fastvae_kernels import functional, normal, reparameterize_kl
+from fastvae_kernels.triton_kernels import launch
 from kernel_cases import DTYPES, INTERPRETING, LAYOUTS, SHAPES, Draw, budget, far_apart, judge, leaf
 from scipy import stats
 
@@ -16,37 +17,68 @@ SEED, OFFSET = 20240229, 2**32 + 17
 USES = ["z", "kl", "both"]
 
 
-def stock(mu, logvar, epsilon, grad_z, grad_kl):
+NAMES = ["mu", "logvar", "prior_mu", "prior_logvar"]
+
+
+def stock(inputs, epsilon, grad_z, grad_kl):
     """The same in PyTorch as everybody writes it, in float32, with its autograd."""
-    mu, logvar = leaf(mu.detach().float()), leaf(logvar.detach().float())
+    inputs = [leaf(x.detach().float()) for x in inputs]
+    mu, logvar = inputs[:2]
     z = mu + torch.exp(0.5 * logvar) * epsilon.float().to(mu.device)
     terms = 1 + logvar - mu.pow(2) - logvar.exp()
+    if inputs[2:]:
+        prior_mu, prior_logvar = inputs[2:]
+        square = (mu - prior_mu).pow(2)
+        terms = 1 + logvar - prior_logvar - (square + logvar.exp()) / prior_logvar.exp()
     kl = -0.5 * terms.reshape(terms.shape[0], -1).sum(1)
     outputs = [(y, g) for y, g in ((z, grad_z), (kl, grad_kl)) if g is not None]
     ys, gs = zip(*outputs, strict=True)
-    grad_mu, grad_logvar = torch.autograd.grad(
-        ys, (mu, logvar), tuple(g.float() for g in gs), allow_unused=True
-    )
-    return {"z": z, "kl": kl, "grad_mu": grad_mu, "grad_logvar": grad_logvar}
+    grads = torch.autograd.grad(ys, inputs, tuple(g.float() for g in gs), allow_unused=True)
+    return {"z": z, "kl": kl, **gradients(grads)}
 
 
-def check(impl, device, mu, logvar, grad_z, grad_kl, seed=SEED, offset=OFFSET):
+def fill(grads, inputs):
+    """Zeros for an input that was not met."""
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+
+
+def gradients(grads):
+    """By name."""
+    return {f"grad_{name}": grad for name, grad in zip(NAMES, grads, strict=False)}
+
+
+def check(impl, device, mu, logvar, grad_z, grad_kl, *, prior=(), num_samples=None, offset=OFFSET):
     """Outputs and gradients by name; None for a gradient: that output is not used."""
-    mu, logvar = leaf(mu), leaf(logvar)
-    z, kl = reparameterize_kl(mu, logvar, seed, offset=offset, impl=impl)
-    assert (z.shape, z.dtype, z.device) == (mu.shape, mu.dtype, mu.device)
+    inputs = [leaf(x) for x in (mu, logvar, *prior)]
+    mu, logvar = inputs[:2]
+    z, kl = reparameterize_kl(
+        mu,
+        logvar,
+        SEED,
+        offset=offset,
+        num_samples=num_samples,
+        impl=impl,
+        **dict(zip(NAMES[2:], inputs[2:], strict=False)),
+    )
+    shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
+    assert (z.shape, z.dtype, z.device) == (shape, mu.dtype, mu.device)
     assert (kl.shape, kl.dtype, kl.device) == (mu.shape[:1], torch.float32, mu.device)
     used = [(y, g) for y, g in ((z, grad_z), (kl, grad_kl)) if g is not None]
     ys, gs = zip(*used, strict=True)
-    grad_mu, grad_logvar = torch.autograd.grad(ys, (mu, logvar), gs)
-    for grad, x in ((grad_mu, mu), (grad_logvar, logvar)):
+    # Where z alone is used, the reference never meets the prior.
+    grads = torch.autograd.grad(ys, inputs, gs, allow_unused=grad_kl is None)
+    grads = fill(grads, inputs)
+    for grad, x in zip(grads, inputs, strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
-    got = {"z": z, "kl": kl, "grad_mu": grad_mu, "grad_logvar": grad_logvar}
+    got = {"z": z, "kl": kl, **gradients(grads)}
 
-    epsilon = oracle.normals(tuple(mu.shape), seed, offset)
-    on_cpu = [None if x is None else x.detach().cpu() for x in (mu, logvar, grad_z, grad_kl)]
-    truth = oracle.reparameterize_kl(on_cpu[0], on_cpu[1], epsilon, *on_cpu[2:])
-    judge(got, truth, stock(mu, logvar, epsilon, grad_z, grad_kl), impl=impl, device=device)
+    epsilon = oracle.normals(tuple(mu.shape), SEED, offset, num_samples)
+    on_cpu = [x.detach().cpu() for x in inputs]
+    used = [None if g is None else g.cpu() for g in (grad_z, grad_kl)]
+    truth = oracle.reparameterize_kl(*on_cpu[:2], epsilon, *used, tuple(on_cpu[2:]) or None)
+    theirs = stock(inputs, epsilon, grad_z, grad_kl)
+    theirs = {k: truth[k] if v is None else v for k, v in theirs.items()}
+    judge(got, truth, theirs, impl=impl, device=device)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -82,6 +114,132 @@ def test_layouts_of_the_incoming_gradients(impl, device, layout):
         check(impl, device, draw(shape), draw(shape), grad_z, grad_kl)
 
 
+# --------------------------------------------------------------- several samples, and a prior
+
+
+def case(device, shape, num_samples=None, prior=False, dtype="float32"):
+    """Arguments of `check` with values of their own everywhere."""
+    draw = Draw(device, DTYPES[dtype])
+    mu, logvar, *given = (draw(shape) for _ in range(4 if prior else 2))
+    grad_z = draw(shape if num_samples is None else (num_samples, *shape))
+    return (mu, logvar, grad_z, draw(shape[:1]).float()), {
+        "prior": given,
+        "num_samples": num_samples,
+    }
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+@pytest.mark.parametrize("num_samples", [None, 1, 2, 3, 7])
+@pytest.mark.parametrize("columns", [1, 3, 4, 63, 507])
+def test_samples_and_prior(impl, device, columns, num_samples, prior):
+    if num_samples is None and not prior:
+        pytest.skip("covered by test_shapes")
+    if INTERPRETING and (columns, num_samples, prior) not in (
+        *((1, 2, True), (3, 7, False), (4, 3, True), (63, 1, False), (507, 2, True)),
+        (63, None, True),
+    ):
+        pytest.skip("slow in the interpreter")
+    arguments, keywords = case(device, (3, columns), num_samples, prior)
+    check(impl, device, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("shape", [(7,), (3, 5, 7, 2), (300, 3), (2, 5000)], ids=str)
+def test_shapes_with_samples_and_prior(impl, device, shape, use):
+    """Rows alone, images, more rows than a tile holds, rows that several programs share."""
+    if INTERPRETING and use != "both":
+        pytest.skip("slow in the interpreter; covered by use=both")
+    (mu, logvar, grad_z, grad_kl), keywords = case(device, shape, 2, True)
+    grad_z, grad_kl = (None if use == "kl" else grad_z), (None if use == "z" else grad_kl)
+    check(impl, device, mu, logvar, grad_z, grad_kl, **keywords)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_dtypes_with_samples_and_prior(impl, device, dtype, num_samples):
+    arguments, keywords = case(device, (3, 70), num_samples, True, dtype)
+    check(impl, device, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_float32_prior_of_low_precision_statistics(impl, device, dtype):
+    arguments, keywords = case(device, (3, 70), 2, True, dtype)
+    prior = [x.float() * 1.001 for x in keywords["prior"]]
+    check(impl, device, *arguments, num_samples=2, prior=prior)
+    mixed = [keywords["prior"][0].float(), keywords["prior"][1]]
+    check(impl, device, *arguments, num_samples=2, prior=mixed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_prior(impl, device, layout):
+    draw = Draw(device)
+    prior = LAYOUTS[layout](draw), LAYOUTS[layout](draw)
+    shape = prior[0].shape
+    arguments = draw(shape), draw(shape), draw((2, *shape)), draw(shape[:1])
+    check(impl, device, *arguments, prior=prior, num_samples=2)
+    check(impl, device, *arguments, prior=(prior[0], draw(shape)), num_samples=2)
+    check(impl, device, *arguments, prior=(draw(shape), prior[1]), num_samples=2)
+
+
+GRADIENT_LAYOUTS = {
+    "one_for_all_samples": lambda make: make((1, 5, 37)).expand(3, 5, 37),
+    "one_for_all_rows": lambda make: make((3, 1, 37)).expand(3, 5, 37),
+    "one_number": lambda make: make((1, 1, 1)).expand(3, 5, 37),
+    "reversed": lambda make: make((37, 5, 3)).permute(2, 1, 0),
+    "rows_first": lambda make: make((5, 3, 37)).transpose(0, 1),
+    "sliced": lambda make: make((6, 5, 75))[::2, :, 1::2],
+    "unaligned": lambda make: make((3 * 5 * 37 + 1,))[1:].view(3, 5, 37),
+    "images": lambda make: make((3, 5, 7, 2, 3)).permute(0, 1, 4, 2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
+def test_layouts_of_the_incoming_gradients_of_samples(impl, device, layout):
+    draw = Draw(device)
+    grad_z = GRADIENT_LAYOUTS[layout](draw)
+    shape = grad_z.shape[1:]
+    grad_kl = draw((1,)).expand(shape[0])
+    check(impl, device, draw(shape), draw(shape), grad_z, grad_kl, num_samples=3)
+
+
+def test_one_prior_for_all_rows_gets_the_sum_of_their_gradients(impl, device):
+    draw = Draw(device)
+    mu, logvar = draw((5, 63)), draw((5, 63))
+    prior = leaf(draw((1, 63))), leaf(draw((1, 63)))
+    expanded = dict(zip(NAMES[2:], (x.expand_as(mu) for x in prior), strict=True))
+    _, kl = reparameterize_kl(mu, logvar, SEED, impl=impl, **expanded)
+    grads = torch.autograd.grad(kl.sum(), prior)
+    rows = [x.detach().double().cpu() for x in (mu, logvar, *expanded.values())]
+    truth = oracle.reparameterize_kl(
+        *rows[:2], torch.zeros(5, 63), None, torch.ones(5), tuple(rows[2:])
+    )
+    for name, grad in zip(NAMES[2:], grads, strict=True):
+        want = truth[f"grad_{name}"].sum(0, keepdim=True)
+        torch.testing.assert_close(grad.double().cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 37), (5, 3, 4, 2)])
+def test_an_expanded_prior_is_not_copied(shape):
+    prior = torch.zeros(1, *shape[1:]).expand(shape)
+    rows = launch.rows(prior)
+    assert rows.shape == (5, math.prod(shape[1:]))
+    assert rows.stride() == (0, 1)
+    assert rows.data_ptr() == prior.data_ptr()
+    samples = torch.zeros(1, *shape).expand(3, *shape)
+    assert launch.rows(samples, leading=2).data_ptr() == samples.data_ptr()
+    assert launch.rows(samples, leading=2).stride() == (0, math.prod(shape[1:]), 1)
+
+
+def test_a_standard_normal_as_the_prior_changes_nothing(impl, device):
+    draw = Draw(device)
+    mu, logvar = draw((4, 63)), draw((4, 63))
+    zero = torch.zeros_like(mu)
+    want = reparameterize_kl(mu, logvar, SEED, impl=impl)
+    got = reparameterize_kl(mu, logvar, SEED, prior_mu=zero, prior_logvar=zero, impl=impl)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-5)
+
+
 def test_sums_of_the_outputs(impl, device):
     """`sum().backward()` sends ones with strides of 0."""
     draw = Draw(device)
@@ -101,13 +259,16 @@ def test_mixed_dtypes(impl, device, mu_dtype, logvar_dtype):
     check(impl, device, mu, logvar, draw((3, 70)), draw((3,)).float())
 
 
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+@pytest.mark.parametrize("num_samples", [None, 3])
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (0, 3, 2), (4, 0), (2, 3, 0)])
-def test_empty(impl, device, shape):
-    mu, logvar = (torch.zeros(shape, device=device, requires_grad=True) for _ in range(2))
-    z, kl = reparameterize_kl(mu, logvar, 0, impl=impl)
-    assert z.shape == shape
+def test_empty(impl, device, shape, num_samples, prior):
+    names = NAMES if prior else NAMES[:2]
+    inputs = {name: torch.zeros(shape, device=device, requires_grad=True) for name in names}
+    z, kl = reparameterize_kl(seed=0, num_samples=num_samples, impl=impl, **inputs)
+    assert z.shape == (shape if num_samples is None else (3, *shape))
     assert torch.equal(kl, torch.zeros(shape[:1], device=device))
-    for grad in torch.autograd.grad((z, kl), (mu, logvar), (torch.ones_like(z), kl + 1)):
+    for grad in torch.autograd.grad((z, kl), inputs.values(), (torch.ones_like(z), kl + 1)):
         assert grad.shape == shape
 
 
@@ -125,11 +286,29 @@ def test_kl_is_that_of_torch_distributions(impl, device, dtype):
     torch.testing.assert_close(kl.double(), want, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_from_a_prior_is_that_of_torch_distributions(impl, device, dtype):
+    draw = Draw(device, DTYPES[dtype])
+    mu, logvar, prior_mu, prior_logvar = (draw((5, 123)) for _ in range(4))
+    _, kl = reparameterize_kl(
+        mu, logvar, SEED, prior_mu=prior_mu, prior_logvar=prior_logvar, impl=impl
+    )
+    q = torch.distributions.Normal(mu.double(), (0.5 * logvar.double()).exp())
+    p = torch.distributions.Normal(prior_mu.double(), (0.5 * prior_logvar.double()).exp())
+    want = torch.distributions.kl_divergence(q, p).sum(1)
+    torch.testing.assert_close(kl.double(), want, rtol=1e-6, atol=1e-5)
+
+
 def test_kl_of_the_prior_is_zero(impl, device):
     zero = torch.zeros(3, 1025, device=device)
-    assert torch.equal(
-        reparameterize_kl(zero, zero.clone(), SEED, impl=impl)[1], torch.zeros(3, device=device)
-    )
+    none = torch.zeros(3, device=device)
+    assert torch.equal(reparameterize_kl(zero, zero.clone(), SEED, impl=impl)[1], none)
+    for logvar in (-200.0, 0.3, 200.0):  # σ² beyond float32 in both is no matter
+        mu, logvar = zero + 1.7, zero + logvar
+        _, kl = reparameterize_kl(
+            mu, logvar, SEED, prior_mu=mu.clone(), prior_logvar=logvar.clone(), impl=impl
+        )
+        assert torch.equal(kl, none)
 
 
 def test_z_follows_q(impl, device):
@@ -186,19 +365,63 @@ def test_z_uses_the_public_noise(impl, device):
     torch.testing.assert_close(z, mu + (0.5 * logvar).exp() * epsilon, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_samples", [None, 3])
 @pytest.mark.parametrize("shape", [(3, 507), (2, 20000)], ids=str)
-def test_repeats_bit_for_bit(impl, device, shape):
-    draw = Draw(device)
-    mu, logvar, grad_z, grad_kl = draw(shape), draw(shape), draw(shape), draw(shape[:1])
+def test_repeats_bit_for_bit(impl, device, shape, num_samples):
+    if INTERPRETING and num_samples and shape[1] > 5000:
+        pytest.skip("slow in the interpreter")
+    (mu, logvar, *grads), keywords = case(device, shape, num_samples, num_samples is not None)
 
     def run():
-        m, v = leaf(mu), leaf(logvar)
-        outputs = reparameterize_kl(m, v, SEED, impl=impl)
-        return *outputs, *torch.autograd.grad(outputs, (m, v), (grad_z, grad_kl))
+        inputs = [leaf(x) for x in (mu, logvar, *keywords["prior"])]
+        prior = dict(zip(NAMES[2:], inputs[2:], strict=False))
+        outputs = reparameterize_kl(*inputs[:2], SEED, num_samples=num_samples, impl=impl, **prior)
+        return *outputs, *torch.autograd.grad(outputs, inputs, grads)
 
     first = run()
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_a_sample_does_not_depend_on_how_many_there_are(impl, device):
+    draw = Draw(device)
+    mu, logvar = draw((5, 63)), draw((5, 63))
+
+    def z(num_samples):
+        return reparameterize_kl(mu, logvar, SEED, offset=3, num_samples=num_samples, impl=impl)[0]
+
+    many = z(7)
+    # On a GPU the loop over one sample is other code than that over several: roundings may differ.
+    tolerance = 1e-6 if device == "cuda" else 0.0
+    assert torch.equal(z(3), many[:3])
+    assert torch.equal(z(2), many[:2])
+    for first in (z(1)[0], z(None)):
+        torch.testing.assert_close(first, many[0], rtol=tolerance, atol=tolerance)
+    assert all(not torch.equal(many[0], other) for other in many[1:])
+
+
+def test_the_prior_does_not_change_the_draw(impl, device):
+    draw = Draw(device)
+    mu, logvar, prior_mu, prior_logvar = (draw((5, 63)) for _ in range(4))
+    want, _ = reparameterize_kl(mu, logvar, SEED, num_samples=2, impl=impl)
+    got, _ = reparameterize_kl(
+        *(mu, logvar, SEED), num_samples=2, prior_mu=prior_mu, prior_logvar=prior_logvar, impl=impl
+    )
+    tolerance = 1e-6 if device == "cuda" else 0.0
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_samples_are_independent_draws_of_q(impl, device):
+    """Their mean over S has a variance of σ²/S; each is N(0, 1) standardised."""
+    num_samples, shape = 8, (16, 400)
+    mu = torch.linspace(-3, 3, shape[1], device=device).expand(shape)
+    logvar = torch.linspace(-4, 2, shape[0], device=device).unsqueeze(1).expand(shape)
+    z, _ = reparameterize_kl(mu, logvar, 5, num_samples=num_samples, impl=impl)
+    epsilon = ((z - mu) / (0.5 * logvar).exp()).double().cpu()
+    assert stats.kstest(epsilon.flatten().numpy(), "norm").pvalue > 0.01
+    mean = epsilon.mean(0).flatten() * math.sqrt(num_samples)
+    assert stats.kstest(mean.numpy(), "norm").pvalue > 0.01
+    assert abs(mean.var() - 1) < 4.5 * math.sqrt(2 / mean.numel())
 
 
 # -------------------------------------------------------------------------- autograd's corners
@@ -216,17 +439,28 @@ def test_one_tensor_in_both_places_gets_the_whole_gradient(impl, device):
     torch.testing.assert_close(whole, parts[0] + parts[1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("wanted", ["mu", "logvar"])
+def test_one_tensor_in_all_four_places_gets_the_whole_gradient(impl, device):
+    x = leaf(Draw(device)((4, 63)))
+    z, kl = reparameterize_kl(x, x, SEED, prior_mu=x, prior_logvar=x, impl=impl)
+    (whole,) = torch.autograd.grad(z.sum() + kl.sum(), x)
+    # The divergence of a Gaussian from itself is 0 wherever it moves; z alone is left.
+    z, _ = reparameterize_kl(x, x, SEED, impl=impl)
+    (want,) = torch.autograd.grad(z.sum(), x)
+    torch.testing.assert_close(whole, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", NAMES)
 def test_a_gradient_for_one_input_alone(impl, device, wanted):
     draw = Draw(device)
-    inputs = {"mu": draw((4, 63)), "logvar": draw((4, 63))}
-    both = [leaf(x) for x in inputs.values()]
-    outputs = reparameterize_kl(*both, SEED, impl=impl)
-    grads = torch.autograd.grad([y.sum() for y in outputs], both)
+    inputs = {name: draw((4, 63)) for name in (NAMES if "prior" in wanted else NAMES[:2])}
+    every = {name: leaf(x) for name, x in inputs.items()}
+    outputs = reparameterize_kl(seed=SEED, impl=impl, **every)
+    grads = torch.autograd.grad([y.sum() for y in outputs], every.values())
     want = dict(zip(inputs, grads, strict=True))[wanted]
     inputs[wanted] = leaf(inputs[wanted])
-    outputs = reparameterize_kl(*inputs.values(), SEED, impl=impl)
-    (got,) = torch.autograd.grad([y.sum() for y in outputs], inputs[wanted])
+    z, kl = reparameterize_kl(seed=SEED, impl=impl, **inputs)
+    loss = kl.sum() + (z.sum() if z.requires_grad else 0.0)
+    (got,) = torch.autograd.grad(loss, inputs[wanted])
     assert torch.equal(got, want)
 
 
@@ -254,6 +488,25 @@ def test_gradcheck_of_the_operator():
     scalars = (torch.tensor(3), torch.tensor(0))
     op = torch.ops.fastvae.reparameterize_kl
     assert torch.autograd.gradcheck(lambda m, v: op(m, v, *scalars), inputs)
+    assert torch.autograd.gradcheck(lambda m, v: op(m, v, *scalars, 2), inputs)
+
+
+def test_gradcheck_with_samples_and_a_prior():
+    draw = Draw("cpu", torch.float64)
+    inputs = tuple(leaf(draw((3, 7))) for _ in range(4))
+
+    def public(m, v, prior_mu, prior_logvar):
+        return reparameterize_kl(
+            m, v, 3, num_samples=2, prior_mu=prior_mu, prior_logvar=prior_logvar
+        )
+
+    assert torch.autograd.gradcheck(public, inputs)
+    assert torch.autograd.gradgradcheck(public, inputs)
+    assert all(y.dtype == torch.float64 for y in public(*inputs))
+    scalars = (torch.tensor(3), torch.tensor(0))
+    op = torch.ops.fastvae.reparameterize_kl_prior
+    assert torch.autograd.gradcheck(lambda *four: op(*four, *scalars), inputs)
+    assert torch.autograd.gradcheck(lambda *four: op(*four, *scalars, 2), inputs)
 
 
 # ----------------------------------------------------------------------------------- extremes
@@ -261,10 +514,12 @@ def test_gradcheck_of_the_operator():
 LOGVARS = [-200.0, -100.0, -87.0, -30.0, 0.0, 30.0, 80.0, 88.0, 100.0, 170.0, 200.0]
 
 
-def operator(mu, logvar, seed):
+def operator(mu, logvar, seed, prior_mu=None, prior_logvar=None):
     """Forward and backward as operators: the kernels, or on a CPU the references of both."""
-    seed, offset = (torch.tensor(s, device=mu.device) for s in (seed, 0))
-    return torch.ops.fastvae.reparameterize_kl(mu, logvar, seed, offset)
+    place = [torch.tensor(s, device=mu.device) for s in (seed, 0)]
+    if prior_mu is None:
+        return torch.ops.fastvae.reparameterize_kl(mu, logvar, *place)
+    return torch.ops.fastvae.reparameterize_kl_prior(mu, logvar, prior_mu, prior_logvar, *place)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -296,6 +551,38 @@ def test_extreme_logvar(impl, device, logvar, use):
             torch.testing.assert_close(value, want, rtol=rtol, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("logvar", [-100.0, 0.0, 100.0])
+@pytest.mark.parametrize("prior_logvar", [-200.0, -170.0, -86.0, 0.0, 100.0, 200.0])
+def test_extreme_prior(impl, device, prior_logvar, logvar, use):
+    """As above; the first column has no error, which 1/σₚ = ∞ must not make one."""
+    if INTERPRETING and use != "both":
+        pytest.skip("slow in the interpreter; covered by use=both")
+    mu = torch.tensor([[0.5, 1.0, -2.0], [0.5, -0.5, 3.0]], device=device)
+    prior_mu = torch.tensor([[0.5, 0.5, 0.0], [0.5, 2.0, 3.0]], device=device)
+    v = torch.tensor([[logvar, 0.0, logvar], [logvar, -1.0, 1.0]], device=device)
+    prior_v = torch.tensor([[prior_logvar, 0.0, prior_logvar], [0.0, 1.0, 0.0]], device=device)
+    grad_z = torch.tensor([[1.0, 2.0, -1.0], [0.0, 1.0, 0.5]], device=device)
+    grad_kl = torch.tensor([0.5, -1.0], device=device)
+    used_z, used_kl = (None if use == "kl" else grad_z), (None if use == "z" else grad_kl)
+    on_cpu = [None if x is None else x.cpu() for x in (mu, v, used_z, used_kl, prior_mu, prior_v)]
+    epsilon = oracle.normals((2, 3), SEED)
+    truth = oracle.reparameterize_kl(*on_cpu[:2], epsilon, *on_cpu[2:4], tuple(on_cpu[4:]))
+    for function in (partial(reparameterize_kl, impl=impl), operator):
+        inputs = [leaf(x) for x in (mu, v, prior_mu, prior_v)]
+        prior = dict(zip(NAMES[2:], inputs[2:], strict=True))
+        z, kl = function(*inputs[:2], SEED, **prior)
+        loss = sum((y * g).sum() for y, g in ((z, used_z), (kl, used_kl)) if g is not None)
+        grads = torch.autograd.grad(loss, inputs, allow_unused=use == "z")
+        grads = fill(grads, inputs)
+        for name, value in {"z": z, "kl": kl, **gradients(grads)}.items():
+            value, want = value.detach().cpu(), truth[name].float()
+            if use == "both" and name == "grad_logvar":
+                value = torch.where(want.isinf() & value.isnan(), want, value)
+            rtol = 4e-7 * max(8, abs(logvar) + abs(prior_logvar))
+            torch.testing.assert_close(value, want, rtol=rtol, atol=1e-6, msg=name)
+
+
 def test_a_row_without_weight_gets_no_gradient_from_an_infinite_kl(device):
     """The operator knows that 0 · ∞ is 0 there; autograd through the plain formula does not."""
     mu = leaf(torch.ones(2, 3, device=device))
@@ -304,6 +591,23 @@ def test_a_row_without_weight_gets_no_gradient_from_an_infinite_kl(device):
     assert kl[0].isinf()
     _, grad_logvar = torch.autograd.grad(z.sum() + kl[1], (mu, logvar))
     assert grad_logvar.isfinite().all()
+
+
+def test_a_row_without_weight_gets_no_gradient_from_an_impossible_prior(impl, device):
+    function = operator if impl == "torch" else partial(reparameterize_kl, impl=impl)
+    mu, logvar, prior_mu = (leaf(torch.full((2, 3), n, device=device)) for n in (1.0, 1.0, 0.0))
+    prior_logvar = leaf(torch.tensor([[-200.0, 0, 0], [0, 1, 2]], device=device))
+    z, kl = function(mu, logvar, SEED, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    assert kl[0].isinf()
+    grads = torch.autograd.grad(z.sum() + kl[1], (mu, logvar, prior_mu, prior_logvar))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_samples_further_apart_than_an_int32_can_count(impl, device):
+    grad_z = far_apart(impl, device, torch.float16).t()  # samples of one row with one column
+    draw = Draw(device, torch.float16)
+    grad_kl = draw((1,)).float()
+    check(impl, device, draw((1,)), draw((1,)), grad_z, grad_kl, num_samples=3)
 
 
 def test_elements_further_apart_than_an_int32_can_count(impl, device):
@@ -380,6 +684,57 @@ X = torch.zeros(2, 3)
             ValueError,
             """impl is "auto", "triton" or "torch", got 'cuda'""",
         ),
+        ((X, X, 0), {"num_samples": 0}, ValueError, "num_samples must be at least 1, got 0"),
+        ((X, X, 0), {"num_samples": -3}, ValueError, "num_samples must be at least 1, got -3"),
+        (
+            (X, X, 0),
+            {"num_samples": 2.0},
+            TypeError,
+            "num_samples must be an int or None, got float",
+        ),
+        ((X, X, 0), {"num_samples": True}, TypeError, "num_samples must be an int or None, got bo"),
+        (
+            (X, X, 0),
+            {"prior_mu": X},
+            ValueError,
+            "prior_mu is given without prior_logvar; a prior needs both, or neither",
+        ),
+        (
+            (X, X, 0),
+            {"prior_logvar": X},
+            ValueError,
+            "prior_logvar is given without prior_mu; a prior needs both, or neither",
+        ),
+        (
+            (X, X, 0),
+            {"prior_mu": X[:1], "prior_logvar": X},
+            ValueError,
+            r"prior_mu has shape \(1, 3\), mu \(2, 3\); they must be the same",
+        ),
+        (
+            (X, X, 0),
+            {"prior_mu": X, "prior_logvar": X[:, :2]},
+            ValueError,
+            r"prior_logvar has shape \(2, 2\), mu \(2, 3\); they must be the same",
+        ),
+        (
+            (X, X, 0),
+            {"prior_mu": X.long(), "prior_logvar": X},
+            TypeError,
+            r"prior_mu must be float32, bfloat16, float16 or float64, got torch\.int64",
+        ),
+        (
+            (X, X, 0),
+            {"prior_mu": X, "prior_logvar": 0.0},
+            TypeError,
+            "prior_logvar must be a tensor, got float",
+        ),
+        (
+            (X, X, 0),
+            {"prior_mu": X, "prior_logvar": X.to("meta")},
+            ValueError,
+            "prior_logvar is on meta, mu on cpu",
+        ),
     ],
 )
 def test_errors(arguments, keywords, exception, message):
@@ -401,6 +756,8 @@ def test_triton_does_not_take_float64(monkeypatch):
         TypeError, match=r"takes float32, bfloat16 or float16, got .*float64.*; use"
     ):
         reparameterize_kl(X.double(), X.double(), 0, impl="triton")
+    with pytest.raises(TypeError, match=r"takes float32, bfloat16 or float16, got .*float64.*"):
+        reparameterize_kl(X, X, 0, prior_mu=X, prior_logvar=X.double(), impl="triton")
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):

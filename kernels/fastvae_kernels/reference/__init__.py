@@ -2,6 +2,13 @@
 
 from fastvae_kernels.reference.bernoulli_nll import bernoulli_nll, bernoulli_nll_backward
 from fastvae_kernels.reference.gaussian_nll import gaussian_nll, gaussian_nll_backward
+from fastvae_kernels.reference.logistic_mixture_nll import (
+    logistic_mixture_log_sums,
+    logistic_mixture_mean,
+    logistic_mixture_nll,
+    logistic_mixture_nll_backward,
+    logistic_mixture_sample,
+)
 from fastvae_kernels.reference.reparameterize_kl import (
     reparameterize_kl,
     reparameterize_kl_backward,
@@ -12,6 +19,11 @@ __all__ = [
     "bernoulli_nll_backward",
     "gaussian_nll",
     "gaussian_nll_backward",
+    "logistic_mixture_log_sums",
+    "logistic_mixture_mean",
+    "logistic_mixture_nll",
+    "logistic_mixture_nll_backward",
+    "logistic_mixture_sample",
     "reparameterize_kl",
     "reparameterize_kl_backward",
 ]

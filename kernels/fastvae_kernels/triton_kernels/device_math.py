@@ -25,8 +25,11 @@ def box_muller(radius_bits, angle_bits):
 
 
 @triton.jit
-def row_normals(seed, position_R, first_column, D, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Standard normals of rows `position_R` (int64) and BLOCK_C columns from `first_column` on.
+def row_normals(
+    seed, position_R, sample, first_column, D, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Standard normals of rows `position_R` (int64), BLOCK_C columns from `first_column` on, for
+    one sample (0, 1, …).
 
     `first_column` and BLOCK_C are multiples of four. Returns float32 `[BLOCK_R, BLOCK_C]`.
     """
@@ -36,7 +39,7 @@ def row_normals(seed, position_R, first_column, D, BLOCK_R: tl.constexpr, BLOCK_
     low_RG = call_RG.to(tl.uint32)
     high_RG = (call_RG >> 32).to(tl.uint32)
     zero_RG = low_RG * 0
-    a, b, c, d = tl.philox(seed, low_RG, high_RG, zero_RG, zero_RG)
+    a, b, c, d = tl.philox(seed, low_RG, high_RG, zero_RG + sample, zero_RG)
     n0, n1 = box_muller(a, b)
     n2, n3 = box_muller(c, d)
     # join stacks on a new last axis: [R, G, 2, 2] → columns 4g, 4g+1, 4g+2, 4g+3.
@@ -45,7 +48,9 @@ def row_normals(seed, position_R, first_column, D, BLOCK_R: tl.constexpr, BLOCK_
 
 @triton.jit
 def gaussian_kl(mu, logvar):
-    """KL(N(mu, exp(logvar)) ‖ N(0, 1)) of each element, in nats; 0 where both are 0."""
+    """KL(N(mu, exp(logvar)) ‖ N(0, 1)) of each element, in nats; 0 where both are 0.
+
+    From another Gaussian: that of (μ − μₚ)/σₚ and log σ²/σₚ²."""
     return 0.5 * (mu * mu + tl.exp(logvar) - 1.0 - logvar)
 
 
@@ -64,3 +69,81 @@ def standardized(error, logvar):
     where there is no error, σ = 1 does as well as a σ whose inverse overflows."""
     inverse_sigma = tl.exp(-0.5 * tl.where(error == 0.0, 0.0, logvar))
     return error * inverse_sigma, inverse_sigma
+
+
+@triton.jit
+def tanh(x):
+    """tanh and its derivative, without overflow."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    inverse = 1.0 / (1.0 + e)
+    magnitude = (1.0 - e) * inverse
+    return tl.where(x < 0, -magnitude, magnitude), 4.0 * e * inverse * inverse
+
+
+@triton.jit
+def add_to_log_sum(maximum, total, x):
+    """log Σ exp, online: the sum so far is total · exp(maximum); x joins it."""
+    e = tl.exp(-tl.abs(x - maximum))
+    is_larger = x > maximum
+    total = tl.where(is_larger, total * e + 1.0, total + e)
+    return tl.where(is_larger, x, maximum), total
+
+
+@triton.jit
+def nearest_level(x, LEVELS: tl.constexpr):
+    """The whole number nearest to x among 0 … LEVELS−1. A NaN stays one."""
+    level = tl.floor(x + 0.5)
+    level = tl.where(level < 0, 0.0, level)
+    return tl.where(level > LEVELS - 1, LEVELS - 1.0, level)
+
+
+@triton.jit
+def position_of_level(level, LEVELS: tl.constexpr):
+    """Levels 0 … LEVELS−1 lie at equal distances from −1 to 1."""
+    return (2.0 * level - (LEVELS - 1.0)) * (1.0 / (LEVELS - 1.0))
+
+
+@triton.jit
+def logistic_bin(level, mean, log_scale, LEVELS: tl.constexpr, LOG_SCALE_FLOOR: tl.constexpr):
+    """The log-probability of a level's bin under a logistic, as `reference.logistic_mixture_nll`
+    has it. Returns `linear` and `factor`, whose linear + log(factor) it is, so that several bins
+    can share one logarithm, and its derivatives for mean and log_scale.
+
+    log[σ(a) − σ(b)] = −softplus(−a) − softplus(b) + log(1 − exp(b − a)) for the bin (b, a); the
+    first and the last bin are open, which a finite distance far beyond all scales stands for.
+    """
+    HALF_BIN: tl.constexpr = 1.0 / (LEVELS - 1.0)
+    is_free = log_scale >= LOG_SCALE_FLOOR
+    log_scale = tl.where(log_scale < LOG_SCALE_FLOOR, LOG_SCALE_FLOOR, log_scale)
+    inverse_scale = tl.exp(-log_scale)
+    is_first, is_last = level <= 0.0, level >= LEVELS - 1.0
+    # 2·level ± … is a whole number: the upper end of a bin is exactly the lower end of the next.
+    a = ((2.0 * level + (2.0 - LEVELS)) * HALF_BIN - mean) * inverse_scale
+    b = ((2.0 * level - LEVELS) * HALF_BIN - mean) * inverse_scale
+    a = tl.where(is_last, 1e30, a)
+    b = tl.where(is_first, -1e30, b)
+
+    # 1 − exp(−2y) is 2y exp(−y) sinh(y)/y for a bin that is narrow for the scale, and y's scale is
+    # kept apart as a logarithm, since it may be smaller than any float.
+    y = HALF_BIN * inverse_scale
+    s = y * y
+    sinhc = 1.0 + s * (1.0 / 6 + s * (1.0 / 120 + s * (1.0 / 5040)))
+    decay = tl.exp(-y)
+    is_open = is_first | is_last
+    is_narrow = y <= 0.5
+    complement = tl.where(is_narrow, 1.0, 1.0 - decay * decay)
+    inside = tl.where(is_narrow, 2.0 * HALF_BIN * decay * sinhc, complement)
+    inside = tl.where(is_open, 1.0, inside)
+
+    e_a, e_b = tl.exp(-tl.abs(a)), tl.exp(-tl.abs(b))
+    inverse = 1.0 / ((1.0 + e_a) * (1.0 + e_b))
+    linear = -tl.maximum(-a, 0.0) - tl.maximum(b, 0.0)
+    linear += tl.where(is_narrow & (is_open == 0), -log_scale, 0.0)
+
+    above = tl.where(a >= 0, e_a, 1.0) * (1.0 + e_b) * inverse  # σ(−a)
+    below = tl.where(b >= 0, 1.0, e_b) * (1.0 + e_a) * inverse  # σ(b)
+    # 2y / (exp(2y) − 1)
+    narrowing = tl.where(is_narrow, decay / sinhc, 2.0 * y * decay * decay / complement)
+    grad_log_scale = b * below - a * above - tl.where(is_open, 0.0, narrowing)
+    grad_log_scale = tl.where(is_free, grad_log_scale, 0.0)
+    return linear, inside * inverse, (below - above) * inverse_scale, grad_log_scale

@@ -42,9 +42,10 @@ def tiling(batch: int, columns: int) -> Tiling:
     return Tiling(block_r, block_c, row_programs, splits, columns_per_split, column_programs)
 
 
-def rows(x: Tensor) -> Tensor:
-    """`[B, …]` with any strides → `[B, D]`: a view where one exists, else a copy."""
-    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+def rows(x: Tensor, leading: int = 1) -> Tensor:
+    """`[B, …]` with any strides → `[B, D]`: a view where one exists, else a copy. With more
+    leading dimensions to keep, `[S, B, …]` → `[S, B, D]`."""
+    return x.flatten(leading) if x.dim() > leading else x.unsqueeze(leading)
 
 
 def readable(target: Tensor) -> Tensor:
