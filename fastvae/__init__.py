@@ -7,12 +7,27 @@ images = vae.sample(64, seed=0)
 """
 
 from fastvae.batch import Batch
+from fastvae.bayes import BayesianNetwork
 from fastvae.errors import UserError
+from fastvae.models import load_pretrained
 from fastvae.parts import *  # noqa: F403
 from fastvae.parts import __all__ as _parts
+from fastvae.parts.label_likelihoods import CategoricalLabels, GaussianTargets, TargetPrediction
 from fastvae.refinement import Refinement
 from fastvae.vae import VAE, build_vae
 
 __version__ = "0.1.0"
 
-__all__ = ["VAE", "Batch", "Refinement", "UserError", "build_vae", *_parts]
+__all__ = [
+    "VAE",
+    "Batch",
+    "BayesianNetwork",
+    "CategoricalLabels",
+    "GaussianTargets",
+    "Refinement",
+    "TargetPrediction",
+    "UserError",
+    "build_vae",
+    "load_pretrained",
+    *_parts,
+]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae import estimators, figures, noise
+from fastvae.batch import Batch
 from fastvae.data import ImageSet
 from fastvae.errors import UserError
 from fastvae.evaluation import quantity_names
@@ -71,14 +72,35 @@ def assess(
     *,
     seed: int,
     folder: Path | None = None,
+    keep: Callable[[Scores], None] | None = None,
     share: Share | None = None,
 ) -> dict[str, Any]:
     """Measure a model on held-out images, on all processes, and draw its figures into `folder`.
 
-    `train_set` is what a linear probe is fitted on; without it there is none. All noise is a
-    function of (seed, image). Raises UserError where memory or labels do not suffice.
+    `train_set` is what a linear probe is fitted on; without it there is none. `keep` is given the
+    scores of each image, on the main process. All noise is a function of (seed, image). Raises
+    UserError where memory or labels do not suffice.
     """
     share = share or Share(len(heldout))
+    was_training = vae.training
+    vae.eval()
+    try:
+        result = _assess(vae, heldout, train_set, effort, seed, folder, keep, share)
+    finally:
+        vae.train(was_training)
+    return _without_nan(result)
+
+
+def _assess(
+    vae: VAE,
+    heldout: ImageSet,
+    train_set: ImageSet | None,
+    effort: Effort,
+    seed: int,
+    folder: Path | None,
+    keep: Callable[[Scores], None] | None,
+    share: Share,
+) -> dict[str, Any]:
     scores = score(
         vae,
         heldout,
@@ -93,6 +115,8 @@ def assess(
     result["latents"] = _latents(vae, scores, seed)
     result["reconstruction"] = _reconstruction(vae, heldout, scores, share)
     if share.is_main:
+        if keep is not None:
+            keep(scores)
         if train_set is not None and train_set.labels is not None and heldout.labels is not None:
             result["linear_probe"] = _probe(vae, train_set, heldout, scores, seed)
         result["frechet"] = _frechet(vae, heldout, seed)
@@ -102,6 +126,13 @@ def assess(
         "nats per image, means over images, with standard errors over images; bits_per_dim in bits"
     )
     return result
+
+
+def _without_nan(value: Any) -> Any:
+    """None for what is not finite, such as the spread of one image: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------- bounds
@@ -159,10 +190,9 @@ def _bits(vae: VAE, heldout: ImageSet) -> Callable[[float], float] | None:
     return lambda nats: nats / (math.log(2) * dimensions) + vae.likelihood.bits_offset
 
 
-def _rms_mean(errors: Tensor) -> float | None:
+def _rms_mean(errors: Tensor) -> float:
     """The standard error of a mean of independent estimates with these standard errors."""
-    value = errors.square().sum().sqrt().item() / len(errors)
-    return value if math.isfinite(value) else None
+    return errors.square().sum().sqrt().item() / len(errors)
 
 
 # -------------------------------------------------- estimates that do not ask the encoder
@@ -185,7 +215,6 @@ def _second_opinions(
     rows = max(1, _rows_in_memory(vae, effort, effort.annealed_chains))
     annealed: list[Tensor] = []
     averaged: list[Tensor] = []
-    vae.eval()
     for cut in part.batches(rows):
         taken = heldout.select(cut).to(device)
         with torch.no_grad():
@@ -333,8 +362,7 @@ def _reconstruction(vae: VAE, heldout: ImageSet, scores: Scores, share: Share) -
     for cut in share.batches(BATCH):
         metrics.update(*_reconstructed(vae, heldout, scores, cut))
     metrics.totals = share.summed(metrics.totals)
-    found = metrics.compute()._asdict()
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}
+    return metrics.compute()._asdict()
 
 
 def _probe(
@@ -356,16 +384,20 @@ def _probe(
 def training_means(
     vae: VAE, train_set: ImageSet, most: int, seed: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Means of q for at most so many training images, evenly spaced: `[n, D]`, and their labels."""
+    """Means of q for at most so many training images, evenly spaced: `[n, D]`, and their labels.
+
+    Of the images as they are observed, binarised where the model binarises, like those of `score`.
+    """
     device = next(vae.parameters()).device
-    every = max(1, len(train_set) // most)
-    chosen = torch.arange(0, len(train_set), every)[:most]
+    vae.check_labels(train_set.labels)
+    count = min(most, len(train_set))
+    chosen = torch.arange(count) * len(train_set) // count
     means = []
-    for part in chosen.split(BATCH):
+    for start, part in enumerate(chosen.split(BATCH)):
         taken = train_set.select(part).to(device)
-        indices = part.to(device) if vae.reads_index else None
-        labels = taken.labels if vae.num_classes else None
-        means.append(vae.encode(taken.images, labels, indices).mu.float().cpu())
+        batch = Batch(taken.images, taken.labels, part.to(device) if vae.reads_index else None)
+        found = vae.infer(batch, derived_seed("training means", seed), start * BATCH)
+        means.append(vae.posterior.moments(found.statistics).mu.float().cpu())
     labels = train_set.labels
     return torch.cat(means), None if labels is None else labels[chosen]
 
@@ -384,6 +416,8 @@ def _frechet(vae: VAE, heldout: ImageSet, seed: int) -> dict[str, Any]:
             "unavailable": f"images have {vae.image_shape[0]} channels, the network takes 1 or 3"
         }
     count = min(len(heldout), FRECHET_IMAGES)
+    if count < 2:
+        return {"unavailable": "it compares covariances, which take at least two images"}
     labels = heldout.labels[:count] if vae.num_classes and heldout.labels is not None else None
     samples = vae.sample(count, seed=seed, labels=labels).clamp(0, 1)
     real = pixels(heldout.images[:count])
@@ -429,9 +463,8 @@ def draw(
     if scores.kl_of_each_latent is not None:
         kl = scores.kl_of_each_latent.mean(0)
         figures.save_latent_kl(kl, folder / "latent_kl.png")
-        figures.save_traversals(
-            decode, latents.mu[0], latents.mu.std(0), kl, folder / "traversals.png"
-        )
+        scale = latents.mu.std(0) if len(latents.mu) > 1 else torch.ones_like(latents.mu[0])
+        figures.save_traversals(decode, latents.mu[0], scale, kl, folder / "traversals.png")
     figures.save_latent_plane(latents.mu, heldout.labels, folder / "latent_plane.png")
     if vae.latent_dim == 2 and vae.prior.is_distribution:
         figures.save_manifold(decode, folder / "manifold.png")

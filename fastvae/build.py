@@ -2,21 +2,57 @@
 
 from typing import Any
 
+from fastvae.bayes import BayesianNetwork, build_network
 from fastvae.config import ModelConfig, ObjectiveConfig
 from fastvae.data import ImageSet
 from fastvae.errors import UserError
+from fastvae.models import Model
 from fastvae.parts.objectives import Objective
 from fastvae.parts.spec import build_part
 from fastvae.refinement import Refinement
 from fastvae.vae import VAE, build_vae
 
-TABLE_STEPS = 200
+TABLE_STEPS = 500
 
 
-def build_model(config: ModelConfig, train_set: ImageSet) -> VAE:
+def build_model(config: ModelConfig, train_set: ImageSet, batch_size: int) -> Model:
     """The model, with fresh weights from torch's global generator.
 
-    Of the training set are used: the images' shape, their number (for a table), the number of
+    `batch_size` is that of an optimizer step, over all processes. Raises UserError where the
+    training set has not the labels that the model needs.
+    """
+    if config.target == "labels":
+        return _build_network(config, train_set, batch_size)
+    return _build_vae(config, train_set)
+
+
+def _build_network(config: ModelConfig, train_set: ImageSet, batch_size: int) -> BayesianNetwork:
+    """Of the training set are used: the images' shape and number, and which labels there are."""
+    return build_network(
+        {
+            "image_shape": train_set.image_shape,
+            "dataset_size": len(train_set),
+            "rows_per_draw": batch_size,
+            "hidden": config.hidden,
+            "activation": config.activation,
+            "weight_std": config.weight_std,
+            "likelihood": _label_likelihood_spec(train_set),
+        }
+    )
+
+
+def _label_likelihood_spec(train_set: ImageSet) -> dict[str, Any]:
+    if train_set.labels is None:
+        raise UserError(f"--target labels predicts labels, and {train_set.name} has none")
+    if train_set.num_classes is not None:
+        return {"name": "categorical", "num_classes": train_set.num_classes}
+    targets = train_set.labels.double()
+    mean, std = targets.mean().item(), targets.std(correction=0).item()
+    return {"name": "gaussian", "target_mean": mean, "target_std": std}
+
+
+def _build_vae(config: ModelConfig, train_set: ImageSet) -> VAE:
+    """Of the training set are used: the images' shape, their number (for a table), the number of
     classes (for a conditional model) and a few images (where a VampPrior starts).
     """
     vae = build_vae(model_spec(config, train_set))

@@ -44,7 +44,7 @@ _OPTIMIZER_OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lr_step_factor": ("schedule", ("step",)),
 }
 # What a network with random weights has in common with a VAE; the rest has no meaning for it.
-_OF_LABELS = {"target", "network", "hidden", "activation", "weight_std", "widths"}
+_OF_LABELS = {"target", "network", "hidden", "activation", "weight_std"}
 _OBJECTIVE_OF_LABELS = {"objective", "num_samples", "beta", "kl_warmup_epochs", "kl_cycle_epochs"}
 
 Rule = tuple[Callable[["ModelConfig", "ObjectiveConfig", "Config"], bool], str]
@@ -160,7 +160,9 @@ _RULES: list[Rule] = [
         "cross-entropy: use --binarize dynamic or static",
     ),
     (
-        lambda m, o, c: o.decoder_draws == "all" and o.groups == 1,
+        lambda m, o, c: (
+            o.objective == "importance-weighted" and o.decoder_draws == "all" and o.groups == 1
+        ),
         "--decoder-draws all differs from group only where there are several: add --groups",
     ),
     (
@@ -193,11 +195,11 @@ _RULES: list[Rule] = [
         "--refine-rate is the length of steps that are not taken: add --refine-steps",
     ),
     (
-        lambda m, o, c: o.kl_cycle_epochs > 0 and o.kl_warmup_epochs == 0,
+        lambda m, o, c: o.objective == "elbo" and o.kl_cycle_epochs > 0 and o.kl_warmup_epochs == 0,
         "--kl-cycle-epochs begins the warm-up again, and there is none: add --kl-warmup-epochs",
     ),
     (
-        lambda m, o, c: o.capacity_epochs > 0 and o.capacity == 0,
+        lambda m, o, c: o.objective == "elbo" and o.capacity_epochs > 0 and o.capacity == 0,
         "--capacity-epochs is how long --capacity rises, and there is none: add --capacity",
     ),
 ]
@@ -205,6 +207,27 @@ _RULES: list[Rule] = [
 
 def why_impossible(config: Config) -> str | None:
     """The first reason why these settings do not go together, or None."""
+    model, objective = config.model, config.objective
+    if model.target == "labels":
+        if objective.objective != "elbo":
+            return (
+                f"--target labels maximises an ELBO: --objective {objective.objective} is a VAE's"
+            )
+        if model.network != "mlp":
+            return "--target labels has fully connected networks: use --network mlp"
+        return None
+    for applies, reason in _RULES:
+        if applies(model, objective, config):
+            return reason
+    return None
+
+
+def why_unread(config: Config) -> str | None:
+    """Why a setting that was changed would not be read by the chosen parts, or None.
+
+    Asked where a run begins. A saved run may hold such a value all the same: the default of a
+    setting that it never read, from before that default was another.
+    """
     model, objective = config.model, config.objective
     if reason := _unread(config.optimizer, _OPTIMIZER_OWNERS):
         return reason
@@ -216,20 +239,8 @@ def why_impossible(config: Config) -> str | None:
                         f"--{_flag(name)} is a setting of a VAE: --target labels trains a network "
                         "with random weights, which has none"
                     )
-        if objective.objective != "elbo":
-            return (
-                f"--target labels maximises an ELBO: --objective {objective.objective} is a VAE's"
-            )
-        if model.network != "mlp":
-            return "--target labels has fully connected networks: use --network mlp"
         return None
-    for settings, owners in ((model, _MODEL_OWNERS), (objective, _OBJECTIVE_OWNERS)):
-        if reason := _unread(settings, owners):
-            return reason
-    for applies, reason in _RULES:
-        if applies(model, objective, config):
-            return reason
-    return None
+    return _unread(model, _MODEL_OWNERS) or _unread(objective, _OBJECTIVE_OWNERS)
 
 
 def _unread(settings: Any, owners: dict[str, tuple[str, tuple[str, ...]]]) -> str | None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,9 +16,11 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from fastvae import evaluation, figures, runs, samplers_of_runs, scores
 from fastvae import noise as noise_streams
 from fastvae.assessment import Effort, assess
+from fastvae.bayes import BayesianNetwork
 from fastvae.data import ImageSet, load_all, load_data, read_images
 from fastvae.errors import UserError
 from fastvae.parts.networks import pixels
+from fastvae.predictions import assess_predictions
 from fastvae.ranks import Share
 from fastvae.vae import VAE
 
@@ -51,14 +55,14 @@ def sample(
         device: auto, cpu, cuda, cuda:1, …
     """
     vae = runs.load_vae(run, device)
-    path = output or run / (
-        f"samples-{seed}.png" if sampler == "prior" else f"{sampler}-{seed}.png"
-    )
+    name = f"samples-{seed}.png" if sampler == "prior" else f"{sampler}-{seed}.png"
+    # A model of the Hub has no folder here, and must not seem to have one the next time.
+    path = output or (run / name if run.is_dir() else Path(name))
     _make_parent(path)
     if n < 1:
         raise UserError(f"-n draws at least one image, got {n}")
-    if labels and not vae.num_classes:
-        raise UserError("--labels: this model is not conditional, it has no classes to choose from")
+    if labels:
+        _require_classes(vae)
     columns = _columns(n)
     classes = None
     if vae.num_classes:
@@ -72,7 +76,8 @@ def sample(
         fitted = samplers_of_runs.fitted(run, vae, sampler)
         where = next(vae.parameters()).device
         classes = None if classes is None else classes.to(where)
-        z = fitted.sample(n, noise_streams.stream(seed, noise_streams.PRIOR), where, classes)
+        of_z = int(noise_streams.stream(seed, noise_streams.PRIOR))
+        z = fitted.sample(n, of_z, where, classes)
         images = vae.sample_given(z, seed=seed, labels=classes, noise=noise)
     if classes is None:
         figures.save_grid(images, path, columns=columns)
@@ -87,6 +92,7 @@ def reconstruct(
     run: Run,
     images: Annotated[tuple[Path, ...], Positional, arg(metavar="IMAGES...")],
     output: Annotated[Path | None, arg(aliases=("-o",))] = None,
+    labels: tuple[int, ...] = (),
     device: str = "auto",
 ) -> None:
     """Reconstruct image files and write each beside its original, as one PNG grid.
@@ -95,11 +101,17 @@ def reconstruct(
         run: The folder of a run.
         images: Image files, or folders of them; resized to the model's size.
         output: The PNG to write (default: RUN/reconstructed.png).
+        labels: The class of each image, or one for all (conditional models only).
         device: auto, cpu, cuda, cuda:1, …
     """
     vae = runs.load_vae(run, device)
     given = read_images(images, runs.data_like(run))
-    parts = [vae.reconstruct(x).cpu() for x in _batches(vae, given)]
+    if labels:
+        _require_classes(vae)
+        if len(labels) not in (1, len(given)):
+            raise UserError(f"--labels takes 1 or {len(given)} classes here, got {len(labels)}")
+        given = replace(given, labels=torch.tensor(labels).expand(len(given)))
+    parts = [vae.reconstruct(*batch).cpu() for batch in _batches(vae, given)]
     path = output or run / "reconstructed.png"
     _make_parent(path)
     originals = pixels(given.images)
@@ -118,7 +130,7 @@ def encode(
     """Encode images to the mean and log-variance of their latents, as safetensors.
 
     The file holds mu and logvar, float32 [N, latent_dim], in the order of the data, and label,
-    int64 [N], where the data has labels.
+    [N] (int64 classes or float32 targets), where the data has labels.
 
     Args:
         run: The folder of a run.
@@ -130,7 +142,7 @@ def encode(
     vae = runs.load_vae(run, device)
     config = runs.data_like(run)
     given = load_all(data, replace(config, data_dir=data_dir or config.data_dir))
-    found = [vae.encode(x) for x in _batches(vae, given)]
+    found = [vae.encode(*batch) for batch in _batches(vae, given)]
     tensors = {
         "mu": torch.cat([q.mu.float().cpu() for q in found]),
         "logvar": torch.cat([q.logvar.float().cpu() for q in found]),
@@ -153,8 +165,9 @@ def evaluate(
 ) -> None:
     """Measure a trained model on held-out images, and draw what it has learned.
 
-    Writes evaluation.json and a folder of figures. Run by accelerate launch (or torchrun) on
-    several processes, they share the images.
+    Writes evaluation.json and a folder of figures, with the scores of each image (scores.parquet,
+    the columns of `fastvae score`). Run by accelerate launch (or torchrun) on several processes,
+    they share the images.
 
     Args:
         run: The folder of a run.
@@ -166,22 +179,33 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1, …
     """
     path = output or run / "evaluation.json"
+    if path.suffix != ".json":
+        raise UserError(f"-o ends in .json, got {path}")
     accelerator = _processes()
     device = str(accelerator.device) if accelerator else device
     model = runs.load_model(run, device)
     train_set, heldout = _evaluation_data(run, data, data_dir, limit)
     share = Share(len(heldout), accelerator)
+    folder = path.with_suffix("")
     if share.is_main:
         _make_parent(path)
+        _make_parent(folder / "any.png")
     seed = runs.read_config(run).seed
-    folder = path.with_suffix("")
-    values = {
-        "run": str(run),
-        **assess(model, heldout, train_set, effort, seed=seed, folder=folder, share=share),
-    }
+    values: dict[str, Any] = {"run": str(run)}
+    if isinstance(model, VAE):
+
+        def keep(found: scores.Scores) -> None:
+            _write_table(_score_columns(model, heldout, found), folder / "scores.parquet")
+
+        values |= assess(
+            model, heldout, train_set, effort, seed=seed, folder=folder, keep=keep, share=share
+        )
+    else:
+        values |= _predictions(model, heldout, effort, seed, folder, share)
     if not share.is_main:
         return
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    with _writing(path):
+        path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
     for line in _readable(values):
         print(line)
     print(f"{path}, figures in {folder}/")
@@ -217,6 +241,8 @@ def score(
     vae = runs.load_vae(run, str(accelerator.device) if accelerator else device)
     _, images = _evaluation_data(run, data, data_dir, None)
     share = Share(len(images), accelerator)
+    if share.is_main:
+        _make_parent(output)
     found = scores.score(
         vae,
         images,
@@ -227,7 +253,13 @@ def score(
     )
     if not share.is_main:
         return
-    _make_parent(output)
+    columns = _score_columns(vae, images, found)
+    _write_table(columns, output)
+    print(f"{output}: {len(images)} rows, {', '.join(columns)}")
+
+
+def _score_columns(vae: VAE, images: ImageSet, found: scores.Scores) -> dict[str, torch.Tensor]:
+    """A row for each image."""
     names = evaluation.quantity_names(vae.likelihood.is_density, vae.is_bound)
     columns = {
         "row": torch.arange(len(images)),
@@ -239,8 +271,29 @@ def score(
         columns |= {"iw_nll": -found.log_marginal, "iw_standard_error": found.log_marginal_error}
     if images.labels is not None:
         columns["label"] = images.labels
-    _write_table(columns, output)
-    print(f"{output}: {len(images)} rows, {', '.join(columns)}")
+    return columns
+
+
+def _predictions(
+    network: BayesianNetwork,
+    heldout: ImageSet,
+    effort: Effort,
+    seed: int,
+    folder: Path,
+    share: Share,
+) -> dict[str, Any]:
+    """What `assess` is for a VAE."""
+    if effort != DEFAULT_EFFORT:
+        raise UserError(
+            "--iw-samples, --annealed-…, --prior-samples and --memory-mb are a VAE's: the model of "
+            "this run predicts labels"
+        )
+    network.check_labels(heldout.labels)
+    found = evaluation.evaluate(network, heldout, seed=seed, accelerator=share.accelerator)
+    result = {"data": heldout.name, **found.named()}
+    if share.is_main:
+        result["predictions"] = assess_predictions(network, heldout, seed=seed, folder=folder)
+    return result
 
 
 def _evaluation_data(
@@ -286,18 +339,24 @@ def _write_table(columns: dict[str, torch.Tensor], path: Path) -> None:
     from pyarrow import csv, parquet
 
     table = pyarrow.table({name: values.numpy() for name, values in columns.items()})
-    try:
+    with _writing(path):
         if path.suffix == ".csv":
             csv.write_csv(table, path)
         else:
             parquet.write_table(table, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
 
 
-def _batches(vae: VAE, images: ImageSet) -> list[torch.Tensor]:
+def _require_classes(vae: VAE) -> None:
+    if not vae.num_classes:
+        raise UserError("--labels: this model is not conditional, it has no classes to choose from")
+
+
+def _batches(vae: VAE, images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Images on the model's device, with the labels if it is conditional."""
     device = next(vae.parameters()).device
-    return [batch.to(device) for batch in images.images.split(BATCH)]
+    for start in range(0, len(images), BATCH):
+        batch = images.select(slice(start, start + BATCH)).to(device)
+        yield batch.images, batch.labels if vae.num_classes else None
 
 
 def _columns(n: int) -> int:
@@ -305,10 +364,16 @@ def _columns(n: int) -> int:
     return max(1, round(n**0.5))
 
 
-def _make_parent(path: Path) -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _make_parent(path: Path) -> None:
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file in it")

@@ -44,7 +44,7 @@ class ModelConfig:
     (non-amortised inference; unseen images get theirs by --refine-steps of optimisation)."""
     refine_steps: int = 0
     """Steps of optimisation that improve each image's answer, in training and evaluation
-    (semi-amortised inference); with a table, those that unseen images get (0: 200)."""
+    (semi-amortised inference); with a table, those that unseen images get (0: 500)."""
     refine_rate: float = 0.05
     """Length of those steps, in units of the latents."""
     posterior: Literal["diagonal-gaussian", "deterministic", "inverse-autoregressive"] = (
@@ -77,8 +77,8 @@ class ModelConfig:
     """Steps into which a categorical likelihood cuts the 8-bit pixels."""
     mixtures: int = 5
     """Components of the logistic-mixture likelihood."""
-    weight_std: float = 1.0
-    """σ of the prior N(0, σ²) of each weight (--target labels only)."""
+    weight_std: float = 4.0
+    """σ of the prior of the weights (--target labels only): N(0, σ²/inputs of the layer)."""
 
     def __post_init__(self) -> None:
         _require(self.latent_dim >= 1, "latent-dim", "at least 1", self.latent_dim)

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from fastvae.batch import Batch
 from fastvae.data import ImageSet
+from fastvae.models import Model
 from fastvae.noise import derived_seed
 from fastvae.parts.terms import Terms
-from fastvae.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -61,42 +61,43 @@ def quantity_names(is_density: bool, is_bound: bool) -> dict[str, str]:
 
 @torch.no_grad()
 def evaluate(
-    vae: VAE,
+    model: Model,
     heldout: ImageSet,
     *,
     seed: int,
     accelerator: Accelerator | None = None,
     batch_size: int = 500,
 ) -> Evaluation:
-    """Mean nll and kl over a set, one draw of z for each image.
+    """Mean nll and kl over a set, one draw of z for each image (or of the weights, for all).
 
     Every image counts exactly once however many ranks share the work, and meets noise that is a
     function of (seed, its index) alone, so that one model always gets the same figures.
     """
-    device = next(vae.parameters()).device
+    device = next(model.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     first, last = len(heldout) * rank // world, len(heldout) * (rank + 1) // world
     noise_seed = derived_seed("evaluation", seed)
-    was_training = vae.training
-    vae.eval()
+    was_training = model.training
+    model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(first, last, batch_size):
         part = heldout.select(slice(start, min(start + batch_size, last))).to(device)
-        terms: Terms = vae(Batch(part.images, part.labels), noise_seed, start)
+        terms: Terms = model(Batch(part.images, part.labels), noise_seed, start)
         sums += torch.stack([terms.nll.double().mean(0).sum(), terms.kl.double().sum()])
-    vae.train(was_training)
+    model.train(was_training)
     if accelerator:
         sums = accelerator.reduce(sums, reduction="sum")
     nll, kl = (sums / len(heldout)).tolist()
-    likelihood = vae.likelihood
+    offset, bits = model.likelihood.bits_offset, None
     # Bits of what was stored need a step of storage: floating values have none.
     levels_unknown = heldout.images.is_floating_point()
-    bits = (nll + kl) / (math.log(2) * math.prod(vae.image_shape)) + likelihood.bits_offset
+    if model.is_bound and offset is not None and not (offset and levels_unknown):
+        bits = (nll + kl) / (math.log(2) * math.prod(model.image_shape)) + offset
     return Evaluation(
         len(heldout),
         nll,
         kl,
-        bits if vae.is_bound and not (likelihood.bits_offset and levels_unknown) else None,
-        is_density=likelihood.is_density,
-        is_bound=vae.is_bound,
+        bits,
+        is_density=model.likelihood.is_density,
+        is_bound=model.is_bound,
     )

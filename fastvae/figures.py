@@ -239,10 +239,12 @@ def _plane(mu: Tensor) -> tuple[Tensor, tuple[str, str]]:
 # -------------------------------------------------------------------------------- curves, charts
 
 
-def save_curves(lines: list[dict], names: dict[str, str], path: Path) -> None:
+def save_curves(
+    lines: list[dict], names: dict[str, str], path: Path, modelled: str = "x given z"
+) -> None:
     """Plot the bound, and its two terms, against epochs, from the lines of metrics.jsonl.
 
-    `names` is `evaluation.quantity_names` of the run.
+    `names` is `evaluation.quantity_names` of the run, `modelled` what its nll is a density of.
     """
     figure, axes = _pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for axis, key in zip(axes, (names["elbo"], names["nll"], "kl"), strict=True):
@@ -250,7 +252,8 @@ def save_curves(lines: list[dict], names: dict[str, str], path: Path) -> None:
             points = [(line["epoch"], line[prefix + key]) for line in lines if prefix + key in line]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
-        axis.set(title=_TITLES.get(key, key), xlabel="epoch", ylabel="nats per image")
+        title = _TITLES.get(key, key).replace("x given z", modelled)
+        axis.set(title=title, xlabel="epoch", ylabel="nats per image")
         axis.grid(alpha=0.3)
         _fit_after_start(axis)
     axes[0].legend()

@@ -13,11 +13,14 @@ from fastvae import noise
 from fastvae.config import Config, from_json
 from fastvae.data import DataConfig, ImageSet
 from fastvae.errors import UserError
+from fastvae.models import Model, load_pretrained
 from fastvae.parts.likelihoods import binarize
 from fastvae.vae import VAE
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
 SAMPLES, RECONSTRUCTIONS, CURVES = "samples.png", "reconstructions.png", "curves.png"
+CALIBRATION, PREDICTIONS = "calibration.png", "predictions.png"
+PICTURES = (SAMPLES, RECONSTRUCTIONS, CALIBRATION, PREDICTIONS, CURVES)
 
 _PACKAGES = ("fastvae", "torch", "torchvision", "triton", "accelerate", "numpy")
 
@@ -65,8 +68,18 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
 
 
-def load_model(run: Path, device: str = "auto") -> VAE:
+def load_model(run: Path, device: str = "auto") -> Model:
     """The run's model, ready to use. `device` "auto" is a GPU if there is one."""
+    return load_pretrained(run, map_location=_usable(device))
+
+
+def load_vae(run: Path, device: str = "auto") -> VAE:
+    """The same, where only a VAE will do."""
+    return VAE.from_pretrained(run, map_location=_usable(device))
+
+
+def _usable(device: str) -> str:
+    """The device that is meant. Raises UserError where it cannot be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -74,18 +87,13 @@ def load_model(run: Path, device: str = "auto") -> VAE:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here: {reason}") from error
-    return VAE.from_pretrained(run, map_location=device)
-
-
-def load_vae(run: Path, device: str = "auto") -> VAE:
-    """The same, where only a VAE will do."""
-    return load_model(run, device)
+    return device
 
 
 def data_like(run: Path) -> DataConfig:
     """How to read other images so that the run's model can take them: its size and channels."""
     config = read_config(run)
-    channels, height, width = VAE.from_pretrained(run).image_shape
+    channels, height, width = load_pretrained(run).image_shape
     return replace(config.data, image_size=(height, width), channels=1 if channels == 1 else 3)
 
 

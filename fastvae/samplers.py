@@ -253,6 +253,7 @@ class FlowSampler:
         )
 
     @classmethod
+    @torch.enable_grad()
     def fit(
         cls,
         z: Tensor,

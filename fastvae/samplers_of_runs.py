@@ -28,13 +28,14 @@ def fitted(run: Path, vae: VAE, kind: Literal["mixture", "flow"]) -> LatentSampl
     """
     path = run / f"sampler-{kind}.safetensors"
     weights = run / "checkpoint" / "model.safetensors"
-    if path.exists() and weights.exists() and path.stat().st_mtime >= weights.stat().st_mtime:
-        return load_sampler(path)
-    if not (run / runs.CONFIG).is_file():
+    # A model that was saved alone has a config.json, too, but no checkpoint/.
+    if not (weights.is_file() and (run / runs.CONFIG).is_file()):
         raise UserError(
             f"--sampler {kind} is fitted to the training images, and {run} is no run's folder that "
             "says which they were"
         )
+    if path.exists() and path.stat().st_mtime >= weights.stat().st_mtime:
+        return load_sampler(path)
     config = runs.read_config(run)
     train_set, _ = load_data(config.data, config.seed)
     z, labels = training_means(vae, runs.prepare(train_set, config), IMAGES, config.seed)

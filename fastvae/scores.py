@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from fastvae import noise
 from fastvae.batch import Batch
+from fastvae.compiler import compiler_problem
 from fastvae.data import ImageSet
 from fastvae.errors import UserError
 from fastvae.estimators.importance import importance_log_marginal
 from fastvae.parts.latents import LatentGaussian, MixturePrior
 from fastvae.ranks import Share
-from fastvae.training.compiler import compiler_problem
 from fastvae.vae import VAE
 
 # Draws of z that go through the decoder together for one image: all noise is a function of the
@@ -70,12 +70,28 @@ def score(
     pass; None decides by the amount of work.
 
     Raises:
-        UserError: where one image does not fit in the memory, or labels are missing.
+        UserError: where one image does not fit in the memory, or a conditional model meets labels
+            that are missing or no classes of it.
     """
-    share = share or Share(len(data))
-    device = next(vae.parameters()).device
+    vae.check_labels(data.labels)
     was_training = vae.training
     vae.eval()
+    try:
+        return _score(vae, data, seed, samples, memory_bytes, share or Share(len(data)), compile)
+    finally:
+        vae.train(was_training)
+
+
+def _score(
+    vae: VAE,
+    data: ImageSet,
+    seed: int,
+    samples: int,
+    memory_bytes: int,
+    share: Share,
+    compile: bool | None,
+) -> Scores:
+    device = next(vae.parameters()).device
     samples = samples if vae.posterior.is_distribution else 1
     block = min(BLOCK, samples)
     weighs = vae.is_bound
@@ -107,7 +123,6 @@ def score(
                 ).items()
             }
         )
-    vae.train(was_training)
     found = {
         name: share.joined(torch.cat([column[name] for column in columns])).cpu()
         for name in columns[0]

@@ -295,6 +295,10 @@ class VAE(
         classes = torch.arange(self.num_classes, device=labels.device)
         return (labels.unsqueeze(1) == classes).float()
 
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Raise UserError unless the model can be trained or evaluated on data with these."""
+        self.condition(labels, checked=True)
+
     def prior_of(self, condition: Tensor | None) -> Any:
         """p(z), or p(z | y) for the rows of `condition`: a `LatentPrior`."""
 

@@ -124,8 +124,8 @@ class GaussianPrior(NamedTuple):
             seed,
             offset=offset,
             num_samples=num_samples,
-            prior_mu=self.mu.to(q.mu.dtype),
-            prior_logvar=self.logvar.to(q.mu.dtype),
+            prior_mu=self.mu,
+            prior_logvar=self.logvar,
             impl=impl,
         )
 

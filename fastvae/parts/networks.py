@@ -161,7 +161,7 @@ class ConvDecoder(nn.Module):
         self.body = _mlp((latent_dim + condition_dim, *hidden, first), activation)
         layers: list[nn.Module] = []
         inputs = self.first_shape[0]
-        for width, small, large in zip((*widths[1:], widths[-1]), sizes, sizes[1:], strict=False):
+        for width, small, large in zip((*widths[1:], *widths[-1:]), sizes, sizes[1:], strict=False):
             if pooling:
                 layers.append(nn.Upsample(size=large))
                 layers.append(nn.Conv2d(inputs, width, 3, padding=1))

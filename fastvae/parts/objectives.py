@@ -144,7 +144,8 @@ class ImportanceWeighted(nn.Module):
         for_encoder = self.weights(found, self.groups, 2)
         if terms.z is not None and terms.z.requires_grad:
             ratio = (for_encoder / for_decoder).unsqueeze(-1)
-            terms.z.register_hook(lambda gradient: gradient * ratio.to(gradient.dtype))
+            # In float32: with decoder_all the ratio may exceed what a half can hold.
+            terms.z.register_hook(lambda gradient: (gradient * ratio).to(gradient.dtype))
         surrogate = -(for_decoder * log_weights).sum(0)
         # The value is the bound's, the gradient the surrogate's.
         return surrogate + (-self.bound(found, decoder_groups) - surrogate).detach()

@@ -67,8 +67,9 @@ class DiagonalGaussian(nn.Module):
         if self.scale == "logvar":
             return LatentGaussian(mu, second)
         # log σ² = 2 log softplus(s). Far below 0, softplus(s) = exp(s) underflows; log of it is s.
-        floored = second.float().clamp(min=-15.0)
-        logvar = 2.0 * torch.where(second < -15.0, second.float(), softplus(floored).log())
+        second, is_far = second.float(), second < -15.0
+        near = torch.where(is_far, 0.0, second)
+        logvar = 2.0 * torch.where(is_far, second, softplus(near).log())
         return LatentGaussian(mu, logvar.to(mu.dtype))
 
     def draw(

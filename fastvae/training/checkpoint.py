@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON only, complete or absent.
 
-A checkpoint is a folder: `model.safetensors` and `config.json` (what `VAE.from_pretrained` reads;
+A checkpoint is a folder: `model.safetensors` and `config.json` (what `load_pretrained` reads;
 the averaged weights where there are any), `training.safetensors` (the weights in training and the
 optimizer's state, by parameter name) and `state.json` (the counters). It is written beside its
 place and moved there by renaming, so that a crash leaves the previous one.
@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastvae.errors import UserError
-from fastvae.saving import WEIGHTS_NAME
-from fastvae.vae import VAE
+from fastvae.models import Model
+from fastvae.saving import WEIGHTS_NAME, save_model
 
 Contents = TypeVar("Contents")
 
@@ -33,20 +33,20 @@ FORMAT = 1
 def save_checkpoint(
     run: Path,
     *,
-    vae: VAE,
+    model: Model,
     trained: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> None:
     """Write `run/checkpoint`, replacing the one before.
 
-    `vae` is the model to use (averaged weights, or `trained` itself), `trained` the module whose
+    `model` is the one to use (averaged weights, or `trained` itself), `trained` the module whose
     parameters the optimizer updates, `state` the counters, as JSON values.
     """
     target, fresh, previous = run / FOLDER, run / f".{FOLDER}.new", run / f".{FOLDER}.old"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    vae._save_pretrained(fresh)
+    save_model(model, fresh)
     save_file(_training_tensors(trained, optimizer), fresh / TRAINING_NAME)
     (fresh / STATE_NAME).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
     for file in fresh.iterdir():
@@ -60,7 +60,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    run: Path, *, vae: VAE, trained: nn.Module, optimizer: torch.optim.Optimizer
+    run: Path, *, model: Model, trained: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Put the weights and the optimizer's state of `run/checkpoint` in place; return the counters.
 
@@ -80,7 +80,7 @@ def load_checkpoint(
             f"the checkpoint {folder} has format {state.get('format')}, this version reads {FORMAT}"
         )
     try:
-        vae.load_state_dict(weights)
+        model.load_state_dict(weights)
         _restore(trained, optimizer, tensors)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the checkpoint {folder} is of another model: {error}") from error

@@ -1,9 +1,8 @@
 """Whether to compile the training step."""
 
-import logging
-
 import torch
 
+from fastvae.compiler import compiler_problem
 from fastvae.config import Config
 from fastvae.errors import UserError
 
@@ -27,18 +26,3 @@ def should_compile(config: Config, total_steps: int, device: torch.device) -> tu
             raise UserError(f"--compile on: torch.compile does not work here: {problem}")
         return False, f"not compiled: torch.compile does not work here: {problem}"
     return True, ""
-
-
-def compiler_problem(device: torch.device) -> str:
-    """What goes wrong when the smallest function is compiled and run, or nothing."""
-    logger = logging.getLogger("torch._inductor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
-    except Exception as error:  # a missing compiler or header has many faces
-        cause = error.__cause__ or error
-        return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-    finally:
-        logger.setLevel(level)
-    return ""

@@ -1,6 +1,5 @@
 """A training run from its configuration to its results."""
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -13,15 +12,17 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
-from fastvae import figures, runs
+from fastvae import runs
 from fastvae.build import build_model, build_objective
+from fastvae.combinations import why_unread
 from fastvae.config import Config, OptimizerConfig, differences
 from fastvae.data import ImageSet, load_data
 from fastvae.errors import UserError
 from fastvae.evaluation import Evaluation, evaluate, quantity_names
+from fastvae.models import Model
 from fastvae.noise import derived_seed
-from fastvae.parts.networks import pixels
 from fastvae.parts.objectives import Objective
+from fastvae.results import write_results
 from fastvae.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvae.training.clock import Clock
 from fastvae.training.compiler import should_compile
@@ -30,7 +31,6 @@ from fastvae.training.feed import Feed
 from fastvae.training.log import RunLog
 from fastvae.training.schedule import learning_rate
 from fastvae.training.step import METRICS, TrainingStep
-from fastvae.vae import VAE
 
 Answer = TypeVar("Answer")
 
@@ -38,6 +38,7 @@ Answer = TypeVar("Answer")
 RESUMABLE = {
     "output", "epochs", "max_steps", "mixed_precision", "compile", "log_every", "eval_every",
     "checkpoint_every", "tracker", "gradient_accumulation_steps", "data.data_dir", "data.download",
+    "data.heldout_limit",
 }  # fmt: skip
 
 
@@ -48,6 +49,9 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     `resume` is the folder of a run to continue, whose settings `config` must share.
     Raises UserError for whatever the user can mend, before any work where that is possible.
     """
+    if resume is None and (reason := why_unread(config)):
+        raise UserError(reason)
+
     # The processes, and what each takes of a batch.
     accelerator = _make_accelerator(config)
     device = accelerator.device
@@ -63,18 +67,18 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
 
     # The model, what it maximises, and how.
     torch.manual_seed(derived_seed("weights", config.seed))
-    vae = build_model(config.model, train_set).to(device)
-    names = quantity_names(vae.likelihood.is_density, vae.is_bound)
+    model = build_model(config.model, train_set, config.batch_size).to(device)
+    names = quantity_names(model.likelihood.is_density, model.is_bound)
     objective = build_objective(config.objective, len(train_set))
-    _check_together(vae, objective, heldout_set, accelerator)
-    optimizer = _make_optimizer(config.optimizer, vae)
-    ema = EMA(vae, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
-    final_vae = ema.model if ema else vae
+    _check_together(model, objective, heldout_set, accelerator)
+    optimizer = _make_optimizer(config.optimizer, model)
+    ema = EMA(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
+    final_model = ema.model if ema else model
 
     # Where to begin.
     state: dict[str, Any] = {"step": 0, "pending": [0.0] * len(METRICS), "pending_images": 0}
     if resume:
-        state = load_checkpoint(resume, vae=final_vae, trained=vae, optimizer=optimizer)
+        state = load_checkpoint(resume, model=final_model, trained=model, optimizer=optimizer)
         if state["step"] >= plan.steps:
             raise UserError(
                 f"{resume} is already at step {state['step']} of {plan.steps}: "
@@ -82,14 +86,14 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
             )
 
     # Compiled in place and before it is wrapped: autocast is inside the graph, names stay clean.
-    step_module = TrainingStep(vae, objective, config.seed).to(device)
+    step_module = TrainingStep(model, objective, config.seed).to(device)
     compiled, remark = should_compile(config, plan.steps - state["step"], device)
     if compiled:
         step_module.compile(fullgraph=True, dynamic=False)
     with warnings.catch_warnings():
         # New in PyTorch under another name, which Accelerate does not pass on yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        model, optimizer = accelerator.prepare(step_module, optimizer)
+        wrapped, optimizer = accelerator.prepare(step_module, optimizer)
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -99,7 +103,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     log = RunLog(
         accelerator, run, bound=names["elbo"], start_step=state["step"], total_steps=plan.steps
     )
-    log.say(_introduction(run, train_set, heldout_set, vae, accelerator, config))
+    log.say(_introduction(run, train_set, heldout_set, model, accelerator, config))
     if remark:
         log.say(remark)
     sums = torch.tensor(state["pending"], dtype=torch.float64, device=device)
@@ -120,16 +124,16 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
         for index in range(config.gradient_accumulation_steps):
             position = first + index * part
             batch = feed.batch(position, part)
-            with accelerator.accumulate(model):
-                loss, part_sums = model(batch, torch.full((), position, device=device))
+            with accelerator.accumulate(wrapped):
+                loss, part_sums = wrapped(batch, torch.full((), position, device=device))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and config.optimizer.clip_norm:
-                    accelerator.clip_grad_norm_(vae.parameters(), config.optimizer.clip_norm)
+                    accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             sums += part_sums
         if ema:
-            ema.update(vae, step)
+            ema.update(model, step)
         done = step + 1
         summed_images += config.batch_size
         clock.count(config.batch_size, device)
@@ -145,7 +149,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
             with clock.paused(device):
                 if evaluate_now:
                     result = evaluate(
-                        final_vae, heldout_set, seed=config.seed, accelerator=accelerator
+                        final_model, heldout_set, seed=config.seed, accelerator=accelerator
                     )
                     line |= {f"heldout_{k}": v for k, v in result.named().items() if k != "images"}
                 log.write(done, line)
@@ -167,14 +171,21 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
                     state["scaler"] = accelerator.scaler.state_dict()
                 if accelerator.is_main_process:
                     save_checkpoint(
-                        run, vae=final_vae, trained=vae, optimizer=optimizer.optimizer, state=state
+                        run,
+                        model=final_model,
+                        trained=model,
+                        optimizer=optimizer.optimizer,
+                        state=state,
                     )
 
     log.close()
     assert result is not None  # the last step always evaluates
     if accelerator.is_main_process:
-        _write_results(run, config, final_vae, heldout_set, result, clock, accelerator, compiled)
-        log.say(_conclusion(run, result))
+        circumstances = _circumstances(clock, accelerator, compiled)
+        written = write_results(
+            run, final_model, heldout_set, result, circumstances, seed=config.seed
+        )
+        log.say(_conclusion(run, result, written))
     accelerator.end_training()
     return run
 
@@ -242,7 +253,7 @@ def _part_of_batch(config: Config, processes: int) -> int:
 
 
 def _check_together(
-    vae: VAE, objective: Objective, heldout_set: ImageSet, accelerator: Accelerator
+    model: Model, objective: Objective, heldout_set: ImageSet, accelerator: Accelerator
 ) -> None:
     """Refuse what only the data or the number of processes make impossible."""
     if objective.couples_rows and accelerator.num_processes > 1:
@@ -250,11 +261,10 @@ def _check_together(
             f"--objective {objective.spec['name']} compares the images of a batch, and each "  # type: ignore[attr-defined]
             f"of the {accelerator.num_processes} processes sees its own part: use one process"
         )
-    if vae.num_classes:
-        try:
-            vae.condition(heldout_set.labels, checked=True)
-        except UserError as error:
-            raise UserError(f"{heldout_set.name}, held out: {error}") from error
+    try:
+        model.check_labels(heldout_set.labels)
+    except UserError as error:
+        raise UserError(f"{heldout_set.name}, held out: {error}") from error
 
 
 def _on_main(accelerator: Accelerator, action: Callable[[], Answer]) -> Answer:
@@ -310,10 +320,10 @@ def _require_finite(values: list[float], done: int, run: Path) -> None:
         )
 
 
-def _make_optimizer(config: OptimizerConfig, vae: VAE) -> torch.optim.Optimizer:
+def _make_optimizer(config: OptimizerConfig, model: Model) -> torch.optim.Optimizer:
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return cls(
-        vae.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
 
 
@@ -336,12 +346,12 @@ def _introduction(
     run: Path,
     train_set: ImageSet,
     heldout_set: ImageSet,
-    vae: VAE,
+    model: Model,
     accelerator: Accelerator,
     config: Config,
 ) -> str:
-    shape = "×".join(map(str, vae.image_shape))
-    weights = sum(p.numel() for p in vae.parameters())
+    shape = "×".join(map(str, model.image_shape))
+    weights = sum(p.numel() for p in model.parameters())
     return (
         f"{run}: {len(train_set)} images {shape} to train on ({train_set.name}), "
         f"{len(heldout_set)} held out; {weights:,} weights; "
@@ -350,48 +360,27 @@ def _introduction(
     )
 
 
-def _conclusion(run: Path, result: Evaluation) -> str:
-    values = ", ".join(f"{k} {v:.2f}" for k, v in result.named().items() if k != "images")
-    written = (runs.SAMPLES, runs.RECONSTRUCTIONS, runs.CURVES)
-    pictures = ", ".join(name for name in written if (run / name).exists())
-    return (
-        f"held out ({result.images} images, nats): {values}\n"
-        f"results: {run}/ ({pictures}, {runs.RESULTS}, {runs.METRICS}, checkpoint/)"
-    )
-
-
-@torch.no_grad()
-def _write_results(
-    run: Path,
-    config: Config,
-    vae: VAE,
-    heldout_set: ImageSet,
-    result: Evaluation,
-    clock: Clock,
-    accelerator: Accelerator,
-    compiled: bool,
-) -> None:
-    vae.eval()
-    if vae.prior.is_distribution:
-        figures.save_grid(vae.sample(64, seed=config.seed), run / runs.SAMPLES, columns=8)
-    shown = heldout_set.select(slice(64)).to(accelerator.device)
-    reconstructed = vae.reconstruct(shown.images, shown.labels)
-    figures.save_pairs(pixels(shown.images), reconstructed, run / runs.RECONSTRUCTIONS)
-    names = quantity_names(vae.likelihood.is_density, vae.is_bound)
-    figures.save_curves(runs.read_metrics(run), names, run / runs.CURVES)
-    results = {
-        "heldout": result.named(),
-        "units": "nats per image, means over held-out images; bits_per_dim in bits",
+def _circumstances(clock: Clock, accelerator: Accelerator, compiled: bool) -> dict[str, Any]:
+    """The part of results.json that says how it was computed, not what."""
+    return {
         "images_per_second": clock.overall(),
         "seconds_to_first_step": round(clock.first_step_seconds or 0.0, 2),
         "mixed_precision": accelerator.mixed_precision,
         "compiled": compiled,
         **runs.environment(accelerator.device, accelerator.num_processes),
     }
-    if not result.is_density:
-        results["note"] = (
-            "binarize none: a cross-entropy of grey pixels, which bounds no likelihood"
+
+
+def _conclusion(run: Path, result: Evaluation, written: dict[str, Any]) -> str:
+    lines = [
+        f"held out ({result.images} images, nats): "
+        + ", ".join(f"{k} {v:.2f}" for k, v in result.named().items() if k != "images")
+    ]
+    if found := written.get("predictions"):
+        lines.append(
+            f"predictions ({found['weight_draws']} draws of the weights): "
+            + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k != "weight_draws")
         )
-    elif not result.is_bound:
-        results["note"] = "a deterministic posterior: its nll bounds no likelihood of the images"
-    (run / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    pictures = ", ".join(name for name in runs.PICTURES if (run / name).exists())
+    lines.append(f"results: {run}/ ({pictures}, {runs.RESULTS}, {runs.METRICS}, checkpoint/)")
+    return "\n".join(lines)

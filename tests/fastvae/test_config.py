@@ -194,7 +194,7 @@ def test_presets_build(name: str) -> None:
     if config.model.target == "labels":
         return  # tests of its own
     shape = SHAPES.get(config.data.data, (3, 32, 32))
-    vae = build_model(config.model, grey_set(64, shape, classes=3))
+    vae = build_model(config.model, grey_set(64, shape, classes=3), config.batch_size)
     assert vae.spec()["decoder"]["name"] == config.model.network
     assert (vae.image_shape, vae.latent_dim) == (shape, config.model.latent_dim)
     assert vae.likelihood.is_density
@@ -222,7 +222,7 @@ def test_unknown_preset() -> None:
 
 def test_the_model_is_the_configured_one() -> None:
     config = replace(ODD.model, hidden=(7, 5))
-    spec = build_model(config, grey_set(4, (3, 12, 8))).spec()
+    spec = build_model(config, grey_set(4, (3, 12, 8)), 2).spec()
     assert spec["encoder"] == {
         "name": "conv",
         "image_shape": (3, 12, 8),
@@ -236,7 +236,7 @@ def test_the_model_is_the_configured_one() -> None:
     assert spec["decoder"]["widths"] == (9, 5, 3)
     assert spec["decoder"]["hidden"] == (5, 7)
     assert spec["likelihood"] == {"name": "gaussian", "variance": 0.02}
-    assert build_model(ModelConfig(), grey_set(4, (1, 4, 4))).likelihood.binarize == "dynamic"
+    assert build_model(ModelConfig(), grey_set(4, (1, 4, 4)), 2).likelihood.binarize == "dynamic"
 
 
 def test_the_warm_up_is_counted_in_samples() -> None:

@@ -1,0 +1,127 @@
+"""A model as a folder: config.json and model.safetensors, never code; from there or the Hub."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastvae.errors import UserError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+KINDS = {
+    "vae": ("a variational autoencoder", "VAE"),
+    "bayesian-network": ("a Bayesian neural network", "BayesianNetwork"),
+}
+"""What the "model" of config.json may be: in words, and the class that reads it."""
+
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+
+Loaded = TypeVar("Loaded", bound=nn.Module)
+
+
+class Described(Protocol):
+    """A model that can say what it is made of."""
+
+    def spec(self) -> dict[str, Any]:
+        """What config.json holds."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What model.safetensors holds."""
+
+
+def save_model(model: Described, folder: Path) -> None:
+    """Write config.json and model.safetensors into an existing folder."""
+    (folder / CONFIG_NAME).write_text(json.dumps(model.spec(), indent=2) + "\n")
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Around a load of `name`, a folder or a name on the Hub: its errors as UserError."""
+    # A mistyped path deserves its answer at once, not after a wait for the Hub.
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+    if not Path(name).is_dir() and not (on_hub and not Path(name).parent.is_dir()):
+        raise UserError(
+            f"there is no folder {name} (a name on the Hugging Face Hub has the form "
+            "owner/name, and the owner is no folder here)"
+        )
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise UserError(f"the {CONFIG_NAME} of {name} is damaged: {error}") from error
+    except OSError as error:  # what huggingface_hub raises is one, too
+        where = "" if Path(name).is_dir() else "there is no such folder, and from the Hub "
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: {where}no model could be read: {reason}") from error
+
+
+def load_model(
+    name: str,
+    kind: str,
+    build: Callable[[dict[str, Any]], Loaded],
+    device: str,
+    options: dict[str, Any],
+) -> Loaded:
+    """The model of a folder or Hub name, made by `build` from its spec, on `device`, in eval mode.
+
+    Of `options` those for the Hub are used. Raises UserError where the model is of another kind,
+    or its weights are damaged or another model's.
+    """
+    spec = read_spec(name, options)
+    if (found := kind_of(spec)) != kind:
+        what, cls = KINDS[found]
+        raise UserError(
+            f"{name} holds {what}, not {KINDS[kind][0]}: load it by fastvae.{cls}.from_pretrained, "
+            "or either by fastvae.load_pretrained"
+        )
+    model, weights = build(spec), _find_file(name, WEIGHTS_NAME, options)
+    try:
+        model.load_state_dict(load_file(weights))
+    except SafetensorError as error:
+        raise UserError(f"{weights} is damaged: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"{weights} holds the weights of another model: {error}") from error
+    return model.to(device).eval()
+
+
+def read_spec(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What the config.json of a folder or Hub name holds; of `options` those for the Hub are used.
+
+    Raises UserError for a folder that holds no model.
+    """
+    return json.loads(_find_file(name, CONFIG_NAME, options).read_text())
+
+
+def kind_of(spec: dict[str, Any]) -> str:
+    """The kind of model that a spec describes. Raises UserError where it is unknown."""
+    kind = spec.get("model", "vae")  # which all were before there were others
+    if kind not in KINDS:
+        raise UserError(
+            f"the {CONFIG_NAME} says the model is a {kind!r}; there are: {', '.join(KINDS)}"
+        )
+    return kind
+
+
+def _find_file(name: str, file: str, options: dict[str, Any]) -> Path:
+    """Where a model's file lies; fetched first if it is on the Hub."""
+    if not (folder := Path(name)).is_dir():
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        return Path(hf_hub_download(name, file, **hub))
+    # A run's folder holds its model in checkpoint/.
+    for candidate in (folder / "checkpoint" / file, folder / file):
+        if candidate.is_file() and (candidate.parent / WEIGHTS_NAME).is_file():
+            return candidate
+    raise UserError(
+        f"{folder} holds no model: neither {WEIGHTS_NAME} with {CONFIG_NAME} nor "
+        "checkpoint/ with both"
+    )
