@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from fastvae import commands
 from fastvae.config import Config, from_json
 from fastvae.errors import UserError
-from fastvae.presets import DEFAULT_PRESET, PRESETS, preset
+from fastvae.presets import DEFAULT_LABELS_PRESET, DEFAULT_PRESET, PRESETS, preset
 from fastvae.runs import read_config
 from fastvae.training import train
 
@@ -47,10 +47,11 @@ def train_command(arguments: Sequence[str]) -> None:
 def _base(arguments: Sequence[str]) -> TrainArguments:
     """The settings that the other flags start from: a saved run's, a file's, or a preset's."""
     parser = argparse.ArgumentParser(prog="fastvae train", add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--config", "--resume"):
+    for flag in ("--preset", "--config", "--resume", "--target"):
         parser.add_argument(flag)
     chosen, _ = parser.parse_known_args(arguments)
-    given = [f"--{flag}" for flag, value in vars(chosen).items() if value is not None]
+    bases = {k: v for k, v in vars(chosen).items() if k != "target"}
+    given = [f"--{flag}" for flag, value in bases.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each choose the settings to start from: give one")
     if chosen.resume is not None:
@@ -64,7 +65,8 @@ def _base(arguments: Sequence[str]) -> TrainArguments:
         return TrainArguments(
             config=path, settings=replace(from_json(path.read_text(), str(path)), output=None)
         )
-    name = chosen.preset or DEFAULT_PRESET
+    default = DEFAULT_LABELS_PRESET if chosen.target == "labels" else DEFAULT_PRESET
+    name = chosen.preset or default
     return TrainArguments(preset=name, settings=preset(name))
 
 

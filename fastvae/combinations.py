@@ -213,6 +213,11 @@ def why_impossible(config: Config) -> str | None:
             return (
                 f"--target labels maximises an ELBO: --objective {objective.objective} is a VAE's"
             )
+        if config.optimizer.weight_decay:
+            return (
+                "--target labels has a prior of its weights already, which --weight-decay would "
+                "change: set it by --weight-std"
+            )
         if model.network != "mlp":
             return "--target labels has fully connected networks: use --network mlp"
         return None

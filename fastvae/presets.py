@@ -37,8 +37,9 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "cvae-class-prior":   {"model": {**_TANH, "conditional": True, "prior": "class-normal"}},
     "svi":                {"model": {**_TANH, "inference": "table"}, "": {"eval_every": 20.0}},
     "semi-amortized":     {"model": {**_TANH, "refine_steps": 5}, "": {"epochs": 5.0}},
-    "bnn-classes":        {"model": {"target": "labels"}},
-    "bnn-regression":     {"data": {"data": "diabetes"}, "model": {"target": "labels"}},
+    "bnn-digits":         {"data": {"data": "digits"}, "model": {"target": "labels", "hidden": (50,)}, "optimizer": {"learning_rate": 0.1, "schedule": "cosine"}, "": {"epochs": 200.0, "eval_every": 10.0, "checkpoint_every": 50.0}},  # noqa: E501
+    "bnn-classes":        {"model": {"target": "labels", "hidden": (200, 200)}, "optimizer": {"learning_rate": 0.03, "schedule": "cosine"}, "": {"epochs": 10.0, "eval_every": 1.0}},  # noqa: E501
+    "bnn-regression":     {"data": {"data": "diabetes"}, "model": {"target": "labels", "hidden": (50,), "weight_std": 1.0}, "objective": {"num_samples": 4}, "optimizer": {"learning_rate": 0.03, "schedule": "cosine"}, "": {"batch_size": 100, "epochs": 500.0, "eval_every": 25.0, "checkpoint_every": 100.0}},  # noqa: E501
     "iwae-5":             {"model": _TANH, "objective": {**_IWAE, "num_samples": 5}},
     "iwae-50":            {"model": _TANH, "objective": {**_IWAE, "num_samples": 50}},
     "iwae-5-dreg":        {"model": _TANH, "objective": {**_IWAE, "num_samples": 5, "gradient": "doubly-reparameterized"}},  # noqa: E501
@@ -65,6 +66,7 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 PRESETS = (*_ROWS, *_VARIANTS)
 DEFAULT_PRESET = "digits-mlp"
+DEFAULT_LABELS_PRESET = "bnn-digits"  # with --target labels
 
 
 def preset(name: str) -> Config:

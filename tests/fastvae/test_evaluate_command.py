@@ -83,8 +83,15 @@ def test_the_file(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said.endswith(f"{tmp_path}/new/e.json, figures in {tmp_path}/new/e/\n")
     assert {file.name for file in (tmp_path / "new/e").iterdir()} == {
         *("reconstructions.png", "samples.png", "interpolations.png", "latent_kl.png"),
-        *("traversals.png", "latent_plane.png"),
+        *("traversals.png", "latent_plane.png", "scores.parquet"),
     }
+    rows = pyarrow.parquet.read_table(tmp_path / "new/e/scores.parquet")
+    assert rows.num_rows == HELDOUT
+    assert rows["label"].to_pylist() == heldout.labels.tolist()
+    assert rows["iw_nll"].to_numpy().mean() == pytest.approx(found["importance_weighted"]["nll"])
+    torch.testing.assert_close(
+        torch.from_numpy(rows["elbo"].to_numpy().copy()), scores.elbo, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_one_draw_is_the_training_s_own_evaluation(trained: Trained, tmp_path: Path) -> None:
@@ -174,7 +181,7 @@ KINDS = {
 def test_kinds_of_models(flags: str, tmp_path: Path) -> None:
     run = train(*shlex.split(flags), "--max-steps", 3, output=tmp_path / "run")
     found = evaluated(run, "--limit", 37)
-    assert {file.name for file in (run / "evaluation").iterdir()} == KINDS[flags]
+    assert {file.name for file in (run / "evaluation").glob("*.png")} == KINDS[flags]
     assert found["images"] == 37
     assert all(map(math.isfinite, numbers(found)))
     is_bound = "deterministic" not in flags and "none" not in flags

@@ -26,7 +26,7 @@ from fastvae.presets import PRESETS, preset
 
 SCRIPT = REPOSITORY / "bench/family.py"
 BASES = {"digits-mlp", "digits-conv", "mnist-mlp", "mnist-conv"}
-BASES |= {"fashion-mnist-conv", "cifar10-conv"}
+BASES |= {"fashion-mnist-conv", "cifar10-conv", "bnn-digits"}
 
 
 def load() -> ModuleType:
