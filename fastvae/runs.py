@@ -1,5 +1,6 @@
 """A run's folder: where things lie in it, and how they come back."""
 
+import contextlib
 import json
 import platform
 from dataclasses import replace
@@ -60,7 +61,14 @@ def read_config(run: Path) -> Config:
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is no run's folder: it has no {CONFIG}")
-    return from_json(path.read_text(), str(path))
+    text = path.read_text()
+    with contextlib.suppress(json.JSONDecodeError):  # which from_json explains
+        if "image_shape" in json.loads(text):  # what save_pretrained writes
+            raise UserError(
+                f"{run} holds a saved model, not the run that it was trained in, which knows its "
+                "data: name the run's folder"
+            )
+    return from_json(text, str(path))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

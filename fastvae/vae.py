@@ -211,16 +211,16 @@ class VAE(
     # --------------------------------------------------------------------- using a trained model
 
     def encode(
-        self, x: Tensor, labels: Tensor | None = None, index: Tensor | None = None
+        self, x: Tensor, labels: Tensor | None = None, indices: Tensor | None = None
     ) -> LatentGaussian:
         """The mean and log-variance of q(z | x), each `[B, latent_dim]`, for images as they are.
 
         Nothing is drawn: grey pixels reach the encoder as grey, also where training binarised.
-        `labels` int64 `[B]` for conditional models; `index` for images of a table's training set.
+        `labels` int64 `[B]` for conditional models; `indices` for images of a table's training set.
         """
         x, condition = pixels(x), self.condition(labels, checked=True)
-        statistics = self._statistics(x, condition, index)
-        if self.refinement is not None and not (self.reads_index and index is not None):
+        statistics = self._statistics(x, condition, indices)
+        if self.refinement is not None and not (self.reads_index and indices is not None):
             statistics, _ = self.refine(statistics, x, condition, seed=0)
         return self.posterior.moments(statistics)
 
@@ -287,6 +287,11 @@ class VAE(
             raise UserError(
                 f"this model is conditional on {self.num_classes} classes: it needs the labels"
             )
+        if labels.is_floating_point():
+            raise UserError(
+                f"this model is conditional on {self.num_classes} classes, and these labels are "
+                "real numbers"
+            )
         if checked and not (labels.min() >= 0 and labels.max() < self.num_classes):
             raise UserError(
                 f"labels lie in 0..{self.num_classes - 1} for this model, "
@@ -322,7 +327,7 @@ class VAE(
             )
         return parameters
 
-    def _statistics(self, x: Tensor, condition: Tensor | None, index: Tensor | None) -> Tensor:
+    def _statistics(self, x: Tensor, condition: Tensor | None, indices: Tensor | None) -> Tensor:
         """The encoder's answer `[B, statistics_per_latent · latent_dim]`."""
         if tuple(x.shape[1:]) != self.image_shape:
             raise UserError(
@@ -332,7 +337,7 @@ class VAE(
         expected = (x.shape[0], self.posterior.statistics_per_latent * self.latent_dim)
         if self.reads_index:
             # An unseen image starts where those of the table did.
-            statistics = x.new_zeros(expected) if index is None else self.encoder(index)
+            statistics = x.new_zeros(expected) if indices is None else self.encoder(indices)
         else:
             statistics = self.encoder(x) if condition is None else self.encoder(x, condition)
         if tuple(statistics.shape) != expected:

@@ -189,7 +189,7 @@ def test_a_table_looks_its_images_up() -> None:
     inferred = vae.infer(Batch(x, None, places), 0)
     assert torch.equal(inferred.statistics, rows)
     assert inferred.first_gradient is None
-    q = vae.encode(x, index=places)
+    q = vae.encode(x, indices=places)
     assert torch.equal(torch.cat(q, 1), rows)
     vae(Batch(x, None, places), 0).elbo.sum().backward()
     touched = vae.encoder.statistics.weight.grad.abs().sum(1) > 0

@@ -346,7 +346,7 @@ def test_a_table_answers_its_own_images_and_searches_for_others() -> None:
     with torch.no_grad():
         vae.encoder.statistics.weight.normal_()
     x, index = grey_images(3, SHAPE), torch.tensor([4, 0, 6])
-    q = vae.encode(x, index=index)
+    q = vae.encode(x, indices=index)
     assert torch.equal(q.mu, vae.encoder.statistics.weight[index, :LATENTS])
     terms = vae(Batch(x, None, index), 3)
     (-terms.elbo.sum()).backward()
