@@ -16,7 +16,7 @@ from fastvae.parts.networks import pixels
 from fastvae.predictions import assess_predictions
 from fastvae.vae import VAE
 
-SHOWN = 64
+SHOWN, COLUMNS = 64, 8
 
 
 @torch.no_grad()
@@ -50,8 +50,12 @@ def describe(
 
 @describe.register
 def _vae(model: VAE, run: Path, heldout: ImageSet, result: Evaluation, seed: int) -> dict[str, Any]:
-    if model.prior.is_distribution:
-        figures.save_grid(model.sample(SHOWN, seed=seed), run / runs.SAMPLES, columns=8)
+    if model.prior.is_distribution and model.num_classes:
+        classes = torch.arange(model.num_classes).repeat_interleave(COLUMNS)
+        images = model.sample(len(classes), seed=seed, labels=classes)
+        figures.save_class_grid(images.unflatten(0, (-1, COLUMNS)), run / runs.SAMPLES)
+    elif model.prior.is_distribution:
+        figures.save_grid(model.sample(SHOWN, seed=seed), run / runs.SAMPLES, columns=COLUMNS)
     shown = heldout.select(slice(SHOWN)).to(next(model.parameters()).device)
     reconstructed = model.reconstruct(shown.images, shown.labels)
     figures.save_pairs(pixels(shown.images), reconstructed, run / runs.RECONSTRUCTIONS)

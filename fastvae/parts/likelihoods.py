@@ -44,6 +44,10 @@ class Likelihood(Protocol):
     def parameter_channels(self, image_channels: int) -> int:
         """P: how many channels the decoder gives."""
 
+    def of_average(self, images: Tensor) -> Tensor | None:
+        """Parameters `[P, H, W]` that fit all images `[N, C, H, W]`, as stored, about equally:
+        where a decoder may begin. None where there is nothing better than 0."""
+
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """Stored images (uint8, or floating in [0, 1]) as the values modelled, float32."""
 
@@ -80,6 +84,10 @@ class Bernoulli(nn.Module):
     def parameter_channels(self, image_channels: int) -> int:
         """A logit for each value."""
         return image_channels
+
+    def of_average(self, images: Tensor) -> Tensor | None:
+        """The logit of each pixel's mean (Burda et al. 2016, in their code)."""
+        return torch.logit(pixels(images).mean(0), eps=1e-3)
 
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """Zeros and ones if binarised dynamically, else the pixels in [0, 1]."""
@@ -128,6 +136,10 @@ class Gaussian(nn.Module):
         """A mean for each value."""
         return image_channels
 
+    def of_average(self, images: Tensor) -> Tensor | None:
+        """The mean of each pixel."""
+        return pixels(images).mean(0)
+
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""
         return pixels(x)
@@ -168,6 +180,11 @@ class GaussianPerPixel(nn.Module):
     def parameter_channels(self, image_channels: int) -> int:
         """A mean and a log-variance for each value."""
         return 2 * image_channels
+
+    def of_average(self, images: Tensor) -> Tensor | None:
+        """The mean of each pixel, and 0 for the second output."""
+        mean = pixels(images).mean(0)
+        return torch.cat([mean, torch.zeros_like(mean)])
 
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""
@@ -216,6 +233,10 @@ class GaussianOptimal(nn.Module):
         """A mean for each value."""
         return image_channels
 
+    def of_average(self, images: Tensor) -> Tensor | None:
+        """The mean of each pixel."""
+        return pixels(images).mean(0)
+
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""
         return pixels(x)
@@ -262,6 +283,12 @@ class Categorical(nn.Module):
     def parameter_channels(self, image_channels: int) -> int:
         """A logit for each value and level."""
         return self.levels * image_channels
+
+    def of_average(self, images: Tensor) -> Tensor | None:
+        """The logarithm of how often each pixel has each level, with one more count for all."""
+        level = (quantize(images, self.levels) * (self.levels - 1)).round()
+        counts = [(level == k).sum(0) + 1.0 for k in range(self.levels)]
+        return torch.cat(counts).log() - math.log(len(images) + self.levels)
 
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The level of each pixel, scaled to [0, 1]."""
@@ -317,6 +344,10 @@ class LogisticMixture(nn.Module):
                 f"a logistic mixture takes images of 1 to 3 channels, got {image_channels}"
             )
         return logistic_mixture_channels(self.mixtures, image_channels)
+
+    def of_average(self, images: Tensor) -> Tensor | None:
+        """None: mixtures that begin alike would stay alike."""
+        return None
 
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""

@@ -27,6 +27,21 @@ def _activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def _initialize(network: nn.Module, activation: str) -> None:
+    """Glorot's uniform weights and biases of 0 around tanh (Glorot & Bengio 2010, eq. 16).
+
+    PyTorch's own, which stay for the others, are 2 to 3 times smaller, and a VAE of tanh units
+    learned more slowly from them.
+    """
+    if activation != "tanh":
+        return
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 def _mlp(sizes: tuple[int, ...], activation: str) -> nn.Sequential:
     """Linear layers of the given sizes with an activation after each."""
     layers: list[nn.Module] = []
@@ -56,6 +71,7 @@ class MLPEncoder(nn.Module):
         sizes = (math.prod(image_shape) + condition_dim, *hidden)
         self.body = _mlp(sizes, activation)
         self.head = nn.Linear(sizes[-1], outputs)
+        _initialize(self, activation)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """`[B, C, H, W]` → `[B, outputs]`."""
@@ -81,6 +97,12 @@ class MLPDecoder(nn.Module):
         self.output_shape = (channels or image_shape[0], *image_shape[1:])
         self.body = _mlp(sizes, activation)
         self.head = nn.Linear(sizes[-1], math.prod(self.output_shape))
+        _initialize(self, activation)
+
+    @torch.no_grad()
+    def start_at(self, parameters: Tensor) -> None:
+        """Answer about `parameters` `[channels, H, W]` before anything is learned."""
+        self.head.bias.copy_(parameters.flatten())
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """`[B, latent_dim]` → `[B, channels, H, W]`."""
@@ -129,6 +151,7 @@ class ConvEncoder(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         self.body = _mlp(sizes, activation)
         self.head = nn.Linear(sizes[-1], outputs)
+        _initialize(self, activation)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """`[B, C, H, W]` → `[B, outputs]`."""
@@ -175,6 +198,14 @@ class ConvDecoder(nn.Module):
             inputs = width
         self.convolutions = nn.Sequential(*layers)
         self.head = nn.Conv2d(inputs, channels or image_shape[0], 3, padding=1)
+        _initialize(self, activation)
+
+    @torch.no_grad()
+    def start_at(self, parameters: Tensor) -> None:
+        """Answer about `parameters` `[channels, H, W]`, averaged over pixels, at the start."""
+        bias = self.head.bias
+        assert bias is not None
+        bias.copy_(parameters.mean((1, 2)))
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """`[B, latent_dim]` → `[B, channels, H, W]`."""

@@ -520,3 +520,27 @@ def test_impossible_numbers_of_levels_and_components() -> None:
             Categorical(levels)
     with pytest.raises(UserError, match="at least 1 component, got 0"):
         LogisticMixture(0)
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [Bernoulli(), Gaussian(0.1), GaussianOptimal(), GaussianPerPixel(), Categorical(5)],
+    ids=lambda part: type(part).__name__,
+)
+def test_parameters_of_the_average_image(likelihood: Any) -> None:
+    """E[x] under them is the mean of the images, and nothing near is likelier."""
+    images = torch.randint(40, 200, (60, 2, 3, 4), generator=torch.Generator().manual_seed(0))
+    images = images.to(torch.uint8)
+    start = likelihood.of_average(images)
+    assert start.shape == (likelihood.parameter_channels(2), 3, 4)
+    observed = likelihood.observe(images, 0, 0)
+    mean = observed.mean(0) if isinstance(likelihood, Categorical) else images.float().mean(0) / 255
+    torch.testing.assert_close(likelihood.mean(start[None])[0], mean, atol=0.03, rtol=0)
+
+    def nll(parameters: torch.Tensor) -> float:
+        return likelihood.eval().nll(parameters.expand(60, -1, -1, -1), observed).sum().item()
+
+    step = 0.3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
+    if isinstance(likelihood, GaussianPerPixel):
+        step[2:] = 0  # the variances begin where they may
+    assert nll(start) < min(nll(start + step), nll(start - step))

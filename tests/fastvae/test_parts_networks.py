@@ -86,3 +86,28 @@ def test_pixels() -> None:
     assert pixels(half).item() == 0.5
     with pytest.raises(UserError, match=r"uint8, bool, or floating .* got torch\.int64"):
         pixels(torch.zeros(2, dtype=torch.int64))
+
+
+def test_where_a_decoder_starts() -> None:
+    """With z = 0 and no hidden biases, only the output's own bias is left."""
+    start = torch.randn(2, 5, 4)
+    dense = MLPDecoder((1, 5, 4), 3, 2, hidden=(6,), activation="tanh")
+    dense.start_at(start)
+    torch.testing.assert_close(dense(torch.zeros(1, 3))[0], start)
+    conv = ConvDecoder((1, 5, 4), 3, 2, widths=(4,), hidden=(6,), activation="tanh")
+    conv.start_at(start)
+    expected = start.mean((1, 2), keepdim=True).expand(2, 5, 4)
+    torch.testing.assert_close(conv(torch.zeros(1, 3))[0], expected)
+
+
+def test_weights_around_tanh() -> None:
+    """Glorot & Bengio 2010: uniform with variance 2 / (inputs + outputs), and biases of 0."""
+    encoder = MLPEncoder((1, 28, 28), 10, hidden=(300,), activation="tanh")
+    for layer, fans in ((encoder.body[0], 784 + 300), (encoder.head, 300 + 10)):
+        assert isinstance(layer, nn.Linear)
+        assert layer.weight.std().item() == pytest.approx((2 / fans) ** 0.5, rel=0.05)
+        assert layer.weight.abs().max().item() <= (6 / fans) ** 0.5
+        assert layer.bias.abs().max() == 0
+    others = MLPEncoder((1, 28, 28), 10, hidden=(300,), activation="relu").body[0]
+    assert isinstance(others, nn.Linear)
+    assert others.weight.abs().max().item() <= 1 / 28
