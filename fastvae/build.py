@@ -54,15 +54,14 @@ def _label_likelihood_spec(train_set: ImageSet) -> dict[str, Any]:
 
 def _build_vae(config: ModelConfig, train_set: ImageSet) -> VAE:
     """Of the training set are used: the images' shape, their number (for a table), the number of
-    classes (for a conditional model), the average image (where the decoder starts, so that its
-    units need not first learn what all images share), and a few images (where a VampPrior does).
+    classes (for a conditional model), the average image (where the decoder of a discrete
+    likelihood starts, so that its units need not first learn what all images share; a Gaussian
+    decoder that did so learned worse), and a few images (where a VampPrior starts).
     """
     vae = build_vae(model_spec(config, train_set))
-    average = vae.likelihood.of_average(
-        train_set.images[:: max(1, len(train_set) // IMAGES_OF_AVERAGE)]
-    )
-    if average is not None:
-        vae.decoder.start_at(average)  # type: ignore[operator]
+    if of_average := getattr(vae.likelihood, "of_average", None):
+        images = train_set.images[:: max(1, len(train_set) // IMAGES_OF_AVERAGE)]
+        vae.decoder.start_at(of_average(images))  # type: ignore[operator]
     if initialize := getattr(vae.prior, "initialize_from", None):
         initialize(train_set.images[:: max(1, len(train_set) // config.prior_components)])
     return vae

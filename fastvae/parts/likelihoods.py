@@ -44,10 +44,6 @@ class Likelihood(Protocol):
     def parameter_channels(self, image_channels: int) -> int:
         """P: how many channels the decoder gives."""
 
-    def of_average(self, images: Tensor) -> Tensor | None:
-        """Parameters `[P, H, W]` that fit all images `[N, C, H, W]`, as stored, about equally:
-        where a decoder may begin. None where there is nothing better than 0."""
-
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """Stored images (uint8, or floating in [0, 1]) as the values modelled, float32."""
 
@@ -85,8 +81,9 @@ class Bernoulli(nn.Module):
         """A logit for each value."""
         return image_channels
 
-    def of_average(self, images: Tensor) -> Tensor | None:
-        """The logit of each pixel's mean (Burda et al. 2016, in their code)."""
+    def of_average(self, images: Tensor) -> Tensor:
+        """Where a decoder may begin, for images `[N, C, H, W]` as stored: the logit `[C, H, W]` of
+        each pixel's mean (Burda et al. 2016, in their code)."""
         return torch.logit(pixels(images).mean(0), eps=1e-3)
 
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
@@ -136,10 +133,6 @@ class Gaussian(nn.Module):
         """A mean for each value."""
         return image_channels
 
-    def of_average(self, images: Tensor) -> Tensor | None:
-        """The mean of each pixel."""
-        return pixels(images).mean(0)
-
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""
         return pixels(x)
@@ -180,11 +173,6 @@ class GaussianPerPixel(nn.Module):
     def parameter_channels(self, image_channels: int) -> int:
         """A mean and a log-variance for each value."""
         return 2 * image_channels
-
-    def of_average(self, images: Tensor) -> Tensor | None:
-        """The mean of each pixel, and 0 for the second output."""
-        mean = pixels(images).mean(0)
-        return torch.cat([mean, torch.zeros_like(mean)])
 
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""
@@ -233,10 +221,6 @@ class GaussianOptimal(nn.Module):
         """A mean for each value."""
         return image_channels
 
-    def of_average(self, images: Tensor) -> Tensor | None:
-        """The mean of each pixel."""
-        return pixels(images).mean(0)
-
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""
         return pixels(x)
@@ -284,8 +268,9 @@ class Categorical(nn.Module):
         """A logit for each value and level."""
         return self.levels * image_channels
 
-    def of_average(self, images: Tensor) -> Tensor | None:
-        """The logarithm of how often each pixel has each level, with one more count for all."""
+    def of_average(self, images: Tensor) -> Tensor:
+        """Where a decoder may begin, for images `[N, C, H, W]` as stored: the logarithm of how
+        often each pixel has each level, with one more count for all, `[levels · C, H, W]`."""
         level = (quantize(images, self.levels) * (self.levels - 1)).round()
         counts = [(level == k).sum(0) + 1.0 for k in range(self.levels)]
         return torch.cat(counts).log() - math.log(len(images) + self.levels)
@@ -344,10 +329,6 @@ class LogisticMixture(nn.Module):
                 f"a logistic mixture takes images of 1 to 3 channels, got {image_channels}"
             )
         return logistic_mixture_channels(self.mixtures, image_channels)
-
-    def of_average(self, images: Tensor) -> Tensor | None:
-        """None: mixtures that begin alike would stay alike."""
-        return None
 
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""
