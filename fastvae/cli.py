@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from fastvae import commands
+from fastvae.allocator import keep_freed_memory
 from fastvae.config import Config, from_json
 from fastvae.errors import UserError
 from fastvae.presets import DEFAULT_LABELS_PRESET, DEFAULT_PRESET, PRESETS, preset
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in COMMANDS:
         _usage(arguments)
+    keep_freed_memory()
     try:
         COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:

@@ -20,6 +20,7 @@ from fastvae.vae import VAE
 # block's number, so that the memory allowed changes nothing.
 BLOCK = 50
 # More images at once gain nothing.
+CPU_BYTES = 64 * 2**20
 MOST_ROWS = 2000
 # Decoded images from which compilation pays for its seconds.
 WORTH_COMPILING = 5_000_000
@@ -102,6 +103,8 @@ def _score(
             f"{block} draws of z for one image take {4 * per_draw * block:,} bytes, more than the "
             f"{memory_bytes:,} allowed: allow more memory"
         )
+    if device.type == "cpu":  # more at once only leaves the cache
+        rows = min(rows, max(1, CPU_BYTES // (4 * per_draw * block)))
     rows = min(rows, share.last - share.first, MOST_ROWS)
     if compile is None:
         compile = samples * (share.last - share.first) > WORTH_COMPILING
