@@ -330,6 +330,22 @@ class LogisticMixture(nn.Module):
             )
         return logistic_mixture_channels(self.mixtures, image_channels)
 
+    def of_average(self, images: Tensor) -> Tensor:
+        """Where a decoder may begin, for images `[N, C, H, W]` as stored: the components' means at
+        M quantiles of each colour, their scales an M-th of its spread, `[P, H, W]`."""
+        _, channels, height, width = images.shape
+        last = self.LEVELS - 1
+        ranks = (torch.arange(self.mixtures) + 0.5) / self.mixtures
+        start = torch.zeros(self.parameter_channels(channels) // self.mixtures, self.mixtures)
+        for c in range(channels):
+            levels = (quantize(images[:, c], self.LEVELS) * last).round().long().flatten()
+            share = levels.bincount(minlength=self.LEVELS).cumsum(0) / len(levels)
+            means = 2.0 * torch.searchsorted(share, ranks) / last - 1.0  # as the kernel, on [−1, 1]
+            spread = (2.0 * levels.float() / last).std(correction=0).clamp(min=1.0 / last)
+            start[1 + 2 * c] = means
+            start[2 + 2 * c] = (spread / self.mixtures).log()
+        return start.view(-1, 1, 1).expand(-1, height, width)
+
     def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """The pixels in [0, 1]."""
         return pixels(x)

@@ -542,3 +542,28 @@ def test_parameters_of_the_average_image(likelihood: Any) -> None:
 
     step = 0.3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
     assert nll(start) < min(nll(start + step), nll(start - step))
+
+
+def test_a_mixture_starts_spread_over_each_colour() -> None:
+    """Means at the quantiles, so that a pixel's expected value is about the colour's mean; and
+    likelier than components that begin alike."""
+    rng = torch.Generator().manual_seed(0)
+    red, green, blue = (
+        torch.randint(low, high, (40, 1, 6, 5), generator=rng)
+        for low, high in ((0, 30), (100, 256), (90, 91))
+    )
+    images = torch.cat([red, green, blue], dim=1).to(torch.uint8)
+    likelihood = LogisticMixture(5)
+    start = likelihood.of_average(images)
+    assert start.shape == (likelihood.parameter_channels(3), 6, 5)
+    mean = likelihood.mean(start[None])[0].mean((1, 2)) * 255
+    torch.testing.assert_close(mean, images.float().mean((0, 2, 3)), atol=3.0, rtol=0)
+    torch.testing.assert_close(start[5:10, 0, 0], torch.tensor([2.0, 8, 14, 20, 26]) / 127.5 - 1,
+                               atol=1.1 / 127.5, rtol=0)  # fmt: skip
+
+    x = likelihood.observe(images, 0, 0)
+    alike = start.clone()
+    for group in (1, 3, 5):
+        alike[5 * group : 5 * group + 5] = alike[5 * group : 5 * group + 5].mean(0)
+    nll = [likelihood.nll(p.expand(40, -1, -1, -1), x).sum() for p in (start, alike)]
+    assert nll[0] < nll[1]
