@@ -1,6 +1,6 @@
 """Every system of the family trained and evaluated by the real commands, in one page of tables.
 
-    python bench/family.py [--only PRESET …] [--fresh] [--quick] [--data-dir DIR] [--download]
+    python bench/family.py [--only PRESET …] [--jobs N] [--data-dir DIR] [--fresh] [--quick]
 
 A run lies in runs/family/PRESET; its family.json says with which settings it was made and how long
 that took. A system whose settings are still the same is not run again. The page, docs/family.md,
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -211,14 +212,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = folder / "family.md" if arguments.quick else ROOT / "docs/family.md"
     plans = {system.preset: plan_of(system, arguments) for system in SYSTEMS}
     failed = []
+    longest_first = sorted(arguments.only, key=lambda name: -_passes(plans[name].config))
+    pool = ThreadPoolExecutor(arguments.jobs)
     try:
-        for name in arguments.only:
+        running = {
+            name: pool.submit(_bring_up_to_date, plans[name], folder / name, arguments)
+            for name in longest_first
+        }
+        for name, run in running.items():
             try:
-                _bring_up_to_date(plans[name], folder / name, arguments)
+                run.result()
             except Failed as error:
                 print(f"{name}: failed with {error}", file=sys.stderr, flush=True)
                 failed.append(name)
     finally:  # cut short, what has been run is still shown
+        pool.shutdown(cancel_futures=True)
         found = {name: run for name in plans if (run := read_run(folder / name))}
         write_page(page, plans, found, quick=arguments.quick)
         print(f"{page}: {len(found)} of {len(plans)} systems")
@@ -250,6 +258,11 @@ def plan_of(system: System, arguments: argparse.Namespace) -> Plan:
     return Plan(system, config, {"iw_samples": draws} if draws else {})
 
 
+def _passes(config: Config) -> float:
+    """How often each image is decoded in training: a guess at how long that takes."""
+    return config.epochs * config.objective.num_samples
+
+
 def _changed(config: Config, settings: dict[str, Any]) -> Config:
     """With settings as {"epochs": 3.0, "model.latent_dim": 2}."""
     for key, value in settings.items():
@@ -276,13 +289,14 @@ def _bring_up_to_date(plan: Plan, folder: Path, arguments: argparse.Namespace) -
         changes = differences(preset(name), plan.config)
         seconds = _timed(
             [
-                *_launch(),
+                *_launch(arguments.jobs),
                 *("--preset", name, "--output", str(fresh)),
                 *flags({key: new for key, (_, new) in changes.items()}),
                 *places,
                 *(["--download"] if arguments.download else []),
             ],
             fresh / "train.log",
+            arguments.jobs,
         )
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
@@ -291,7 +305,8 @@ def _bring_up_to_date(plan: Plan, folder: Path, arguments: argparse.Namespace) -
     if record.get("effort") != plan.effort:
         print(f"{name}: evaluating", flush=True)
         evaluate = [sys.executable, "-m", "fastvae.cli", "evaluate", str(folder)]
-        seconds = _timed([*evaluate, *flags(plan.effort), *places], folder / "evaluate.log")
+        command = [*evaluate, *flags(plan.effort), *places]
+        seconds = _timed(command, folder / "evaluate.log", arguments.jobs)
         record |= {"effort": plan.effort, "evaluate_seconds": seconds}
         _write_record(record, folder)
 
@@ -314,24 +329,34 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return given
 
 
-def _launch() -> list[str]:
+def _threads(jobs: int) -> str:
+    """For each of so many commands at once."""
+    cores = len(os.sched_getaffinity(0))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
+
+
+def _launch(jobs: int) -> list[str]:
     """How the Makefile launches a training run."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
     one_process = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
-        *(*one_process.split(), "--num_cpu_threads_per_process", threads),
+        *(*one_process.split(), "--num_cpu_threads_per_process", _threads(jobs)),
         str(ROOT / "launch/train.py"),
     ]
 
 
-def _timed(command: list[str], log: Path) -> float:
+def _timed(command: list[str], log: Path, jobs: int) -> float:
     """Seconds that a command takes. Raises Failed with its last lines if it does not succeed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with log.open("w") as said:
         process = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, check=False
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": _threads(jobs)},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
     if process.returncode:
         last = log.read_text(errors="replace").splitlines()[-15:]
@@ -630,12 +655,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     names = [system.preset for system in SYSTEMS]
     add("--only", nargs="+", choices=names, default=names, metavar="PRESET", help="run only these")
+    add("--jobs", type=int, default=1, help="run so many at once, each on its part of the cores")
     add("--fresh", action="store_true", help="run also what has been run")
     add("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     add("--data", help="with --quick: train on these images in place of MNIST and CIFAR-10")
     add("--data-dir", type=Path, help="where MNIST and CIFAR-10 lie (default: data)")
     add("--download", action="store_true", help="fetch them if they are not there")
     arguments = parser.parse_args(argv)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs is at least 1, got {arguments.jobs}")
     if arguments.data and not arguments.quick:
         parser.error("--data: the page is of MNIST and CIFAR-10; other images need --quick")
     return arguments

@@ -12,6 +12,7 @@ from fastvae.combinations import why_impossible
 from fastvae.data.config import DataConfig
 from fastvae.errors import UserError
 from fastvae.parts.networks import ACTIVATIONS
+from fastvae.precision import MatmulPrecision
 
 
 def _require(condition: bool, flag: str, allowed: str, given: object) -> None:
@@ -243,6 +244,9 @@ class Config:
     """Split each process's share of a batch into this many parts, to save memory."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: what `accelerate launch --mixed_precision` says."""
+    matmul_precision: MatmulPrecision = "auto"
+    """Of float32 matrix products, as torch.set_float32_matmul_precision has it. auto: the fastest
+    that is as exact as float32 here (high and medium let a GPU round factors to TF32 or less)."""
     seed: int = 0
     """The run is a function of this: weights, order of the data, every noise value."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -16,6 +16,7 @@ from fastvae.data import DataConfig, ImageSet
 from fastvae.errors import UserError
 from fastvae.models import Model, load_pretrained
 from fastvae.parts.likelihoods import binarize
+from fastvae.precision import use_matmul_precision
 from fastvae.vae import VAE
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
@@ -87,7 +88,7 @@ def load_vae(run: Path, device: str = "auto") -> VAE:
 
 
 def _usable(device: str) -> str:
-    """The device that is meant. Raises UserError where it cannot be used."""
+    """The device that is meant, made ready. Raises UserError where it cannot be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -95,6 +96,7 @@ def _usable(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here: {reason}") from error
+    use_matmul_precision("auto", torch.device(device))
     return device
 
 

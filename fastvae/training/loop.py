@@ -22,6 +22,7 @@ from fastvae.evaluation import Evaluation, evaluate, quantity_names
 from fastvae.models import Model
 from fastvae.noise import derived_seed
 from fastvae.parts.objectives import Objective
+from fastvae.precision import use_matmul_precision
 from fastvae.results import write_results
 from fastvae.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvae.training.clock import Clock
@@ -36,9 +37,9 @@ Answer = TypeVar("Answer")
 
 # What may change when a run is resumed; the rest would make it another run.
 RESUMABLE = {
-    "output", "epochs", "max_steps", "mixed_precision", "compile", "log_every", "eval_every",
-    "checkpoint_every", "tracker", "gradient_accumulation_steps", "data.data_dir", "data.download",
-    "data.heldout_limit",
+    "output", "epochs", "max_steps", "mixed_precision", "matmul_precision", "compile", "log_every",
+    "eval_every", "checkpoint_every", "tracker", "gradient_accumulation_steps", "data.data_dir",
+    "data.download", "data.heldout_limit",
 }  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     # The processes, and what each takes of a batch.
     accelerator = _make_accelerator(config)
     device = accelerator.device
+    matmul_precision = use_matmul_precision(config.matmul_precision, device)
     part = _part_of_batch(config, accelerator.num_processes)
     _on_main(accelerator, lambda: _check_folder(config, resume))
 
@@ -181,7 +183,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     log.close()
     assert result is not None  # the last step always evaluates
     if accelerator.is_main_process:
-        circumstances = _circumstances(clock, accelerator, compiled)
+        circumstances = _circumstances(clock, accelerator, compiled, matmul_precision)
         written = write_results(
             run, final_model, heldout_set, result, circumstances, seed=config.seed
         )
@@ -360,12 +362,15 @@ def _introduction(
     )
 
 
-def _circumstances(clock: Clock, accelerator: Accelerator, compiled: bool) -> dict[str, Any]:
+def _circumstances(
+    clock: Clock, accelerator: Accelerator, compiled: bool, matmul_precision: str
+) -> dict[str, Any]:
     """The part of results.json that says how it was computed, not what."""
     return {
         "images_per_second": clock.overall(),
         "seconds_to_first_step": round(clock.first_step_seconds or 0.0, 2),
         "mixed_precision": accelerator.mixed_precision,
+        "matmul_precision": matmul_precision,
         "compiled": compiled,
         **runs.environment(accelerator.device, accelerator.num_processes),
     }
