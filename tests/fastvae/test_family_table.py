@@ -240,7 +240,7 @@ def test_two_systems_on_digits(
     assert records == [(runs / name / family.RECORD).read_text() for name in ("vae", "cvae")]
 
     # What cannot be run is said, costs no earlier run, and the rest goes on.
-    monkeypatch.setattr(family, "_launch", lambda: [sys.executable, "-c", "exit('no images')"])
+    monkeypatch.setattr(family, "_launch", lambda jobs: [sys.executable, "-c", "exit('no images')"])
     assert family.main([*flags, "--fresh"]) == 1
     said = capsys.readouterr()
     assert "vae: training\ncvae: training" in said.out
