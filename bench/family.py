@@ -502,7 +502,7 @@ def _head(plans: dict[str, Plan], found: dict[str, Run], quick: bool) -> Iterato
 def _circumstances(run: Run) -> str:
     """Hardware and versions in one line."""
     hardware, versions = run.results["hardware"], run.results["versions"]
-    threads = f", {hardware['threads']} threads" if "threads" in hardware else ""
+    threads = f", {hardware['threads']} thread(s) a run" if "threads" in hardware else ""
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"{hardware['name']}{threads}; {listed}."
 

@@ -125,7 +125,7 @@ def test_annealing(latents: int, pixels: int, variance: float, dtype: torch.dtyp
     found = annealed_log_marginal(
         model.log_likelihood,
         model.log_prior,
-        initial_z(404, 7, latents).to(dtype),
+        initial_z(1604, 7, latents).to(dtype),
         steps=300,
         seed=8,
     )
