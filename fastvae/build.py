@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from fastvae.bayes import BayesianNetwork, build_network
 from fastvae.config import ModelConfig, ObjectiveConfig
 from fastvae.data import ImageSet
@@ -60,11 +62,15 @@ def _build_vae(config: ModelConfig, train_set: ImageSet) -> VAE:
     """
     vae = build_vae(model_spec(config, train_set))
     if of_average := getattr(vae.likelihood, "of_average", None):
-        images = train_set.images[:: max(1, len(train_set) // IMAGES_OF_AVERAGE)]
-        vae.decoder.start_at(of_average(images))  # type: ignore[operator]
+        vae.decoder.start_at(of_average(_some(train_set, IMAGES_OF_AVERAGE)))  # type: ignore[operator]
     if initialize := getattr(vae.prior, "initialize_from", None):
-        initialize(train_set.images[:: max(1, len(train_set) // config.prior_components)])
+        initialize(_some(train_set, config.prior_components))
     return vae
+
+
+def _some(train_set: ImageSet, count: int) -> Tensor:
+    """At least so many images (or all), evenly spread over the set, as stored."""
+    return train_set.images[:: max(1, len(train_set) // count)]
 
 
 def model_spec(config: ModelConfig, train_set: ImageSet) -> dict[str, Any]:

@@ -79,15 +79,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def load_model(run: Path, device: str = "auto") -> Model:
     """The run's model, ready to use. `device` "auto" is a GPU if there is one."""
-    return load_pretrained(run, map_location=_usable(device))
+    return load_pretrained(run, map_location=_ready(device))
 
 
 def load_vae(run: Path, device: str = "auto") -> VAE:
     """The same, where only a VAE will do."""
-    return VAE.from_pretrained(run, map_location=_usable(device))
+    return VAE.from_pretrained(run, map_location=_ready(device))
 
 
-def _usable(device: str) -> str:
+def _ready(device: str) -> str:
     """The device that is meant, made ready. Raises UserError where it cannot be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,9 +19,9 @@ from fastvae.vae import VAE
 # Draws of z that go through the decoder together for one image: all noise is a function of the
 # block's number, so that the memory allowed changes nothing.
 BLOCK = 50
-# More images at once gain nothing.
-CPU_BYTES = 64 * 2**20
+# More images at once gain nothing; on a CPU, nor do more than about its cache holds.
 MOST_ROWS = 2000
+CPU_BYTES = 64 * 2**20
 # Decoded images from which compilation pays for its seconds.
 WORTH_COMPILING = 5_000_000
 
@@ -103,7 +103,7 @@ def _score(
             f"{block} draws of z for one image take {4 * per_draw * block:,} bytes, more than the "
             f"{memory_bytes:,} allowed: allow more memory"
         )
-    if device.type == "cpu":  # more at once only leaves the cache
+    if device.type == "cpu":
         rows = min(rows, max(1, CPU_BYTES // (4 * per_draw * block)))
     rows = min(rows, share.last - share.first, MOST_ROWS)
     if compile is None:

@@ -271,7 +271,7 @@ class Categorical(nn.Module):
     def of_average(self, images: Tensor) -> Tensor:
         """Where a decoder may begin, for images `[N, C, H, W]` as stored: the logarithm of how
         often each pixel has each level, with one more count for all, `[levels · C, H, W]`."""
-        level = (quantize(images, self.levels) * (self.levels - 1)).round()
+        level = level_of(images, self.levels)
         counts = [(level == k).sum(0) + 1.0 for k in range(self.levels)]
         return torch.cat(counts).log() - math.log(len(images) + self.levels)
 
@@ -338,10 +338,10 @@ class LogisticMixture(nn.Module):
         ranks = (torch.arange(self.mixtures) + 0.5) / self.mixtures
         start = torch.zeros(self.parameter_channels(channels) // self.mixtures, self.mixtures)
         for c in range(channels):
-            levels = (quantize(images[:, c], self.LEVELS) * last).round().long().flatten()
-            share = levels.bincount(minlength=self.LEVELS).cumsum(0) / len(levels)
+            levels = level_of(images[:, c], self.LEVELS).flatten()
+            share = levels.long().bincount(minlength=self.LEVELS).cumsum(0) / len(levels)
             means = 2.0 * torch.searchsorted(share, ranks) / last - 1.0  # as the kernel, on [−1, 1]
-            spread = (2.0 * levels.float() / last).std(correction=0).clamp(min=1.0 / last)
+            spread = (2.0 * levels / last).std(correction=0).clamp(min=1.0 / last)
             start[1 + 2 * c] = means
             start[2 + 2 * c] = (spread / self.mixtures).log()
         return start.view(-1, 1, 1).expand(-1, height, width)
@@ -374,13 +374,16 @@ def _gaussian_sample(mean: Tensor, logvar: Tensor, seed: int | Tensor) -> Tensor
     return mean.float() + (0.5 * logvar.float()).exp() * noise
 
 
-def quantize(x: Tensor, levels: int) -> Tensor:
-    """Pixels as the lower of `levels` equal steps they fall into, scaled to [0, 1], float32.
-
-    uint8 or floating `[B, …]`; of 8-bit pixels, 256 levels change nothing.
-    """
+def level_of(x: Tensor, levels: int) -> Tensor:
+    """Which of `levels` equal steps each pixel falls into: uint8 or floating `[B, …]` → float32
+    0 … levels − 1. Of 8-bit pixels, 256 levels change nothing."""
     steps = x.float() * (levels / 256) if x.dtype == torch.uint8 else pixels(x) * levels
-    return steps.floor().clamp(max=levels - 1) / (levels - 1)
+    return steps.floor().clamp(max=levels - 1)
+
+
+def quantize(x: Tensor, levels: int) -> Tensor:
+    """The level of each pixel, scaled to [0, 1]: see `level_of`."""
+    return level_of(x, levels) / (levels - 1)
 
 
 def binarize(x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
