@@ -83,9 +83,11 @@ class LatentPrior(Protocol):
         seed: int | Tensor,
         offset: int | Tensor,
         impl: Impl,
+        packed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """z ~ q `[S, B, D]` and KL(q ‖ p) `[B]` in nats: exact where there is a closed form, else
-        the mean of log q − log p over the S draws, which is unbiased."""
+        the mean of log q − log p over the S draws, which is unbiased. `packed`: the tensor
+        `[B, 2D]` whose halves are q's, where there is one."""
 
     def kl_of_each_latent(self, q: LatentGaussian) -> Tensor:
         """KL(q ‖ p) of each latent, `[B, D]` nats. Raises UserError where it does not factorise."""
@@ -117,6 +119,7 @@ class GaussianPrior(NamedTuple):
         seed: int | Tensor,
         offset: int | Tensor,
         impl: Impl,
+        packed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The fused kernel with four gradients; the KL is exact."""
         return reparameterize_kl(
@@ -168,6 +171,7 @@ class MixturePrior(NamedTuple):
         seed: int | Tensor,
         offset: int | Tensor,
         impl: Impl,
+        packed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """z from the fused kernel; the KL from the draws themselves."""
         z, _ = reparameterize_kl(*q, seed, offset=offset, num_samples=num_samples, impl=impl)

@@ -83,7 +83,8 @@ class DiagonalGaussian(nn.Module):
     ) -> Draw:
         """z ~ q(z | x) and KL(q ‖ p), in one launch where the prior is Gaussian."""
         q = self.moments(statistics)
-        return Draw(*p.reparameterize_kl(q, num_samples, seed, offset, impl), q)
+        packed = statistics if self.scale == "logvar" else None
+        return Draw(*p.reparameterize_kl(q, num_samples, seed, offset, impl, packed), q)
 
 
 @part("posterior", "deterministic")

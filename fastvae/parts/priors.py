@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from fastvae_kernels import Impl, normal, reparameterize_kl
+from fastvae_kernels import Impl, normal, reparameterize_kl, reparameterize_kl_packed
 from torch import Tensor, nn
 
 from fastvae.errors import UserError
@@ -67,9 +67,14 @@ class StandardNormal(nn.Module):
         seed: int | Tensor,
         offset: int | Tensor,
         impl: Impl,
+        packed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The fused kernel; the KL is exact."""
-        return reparameterize_kl(*q, seed, offset=offset, num_samples=num_samples, impl=impl)
+        if packed is None:
+            return reparameterize_kl(*q, seed, offset=offset, num_samples=num_samples, impl=impl)
+        return reparameterize_kl_packed(
+            packed, seed, offset=offset, num_samples=num_samples, impl=impl
+        )
 
     def kl_of_each_latent(self, q: LatentGaussian) -> Tensor:
         """The closed form, `[B, D]` nats."""
@@ -179,6 +184,7 @@ class NoPrior(nn.Module):
         seed: int | Tensor,
         offset: int | Tensor,
         impl: Impl,
+        packed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Raises UserError."""
         raise UserError("this model has no prior to measure a KL from: give it one")

@@ -2,6 +2,7 @@
 
 `reparameterize_kl`, `bernoulli_nll`, `gaussian_nll` and `logistic_mixture_nll` run as one Triton
 launch forward and one backward on a GPU, and as plain PyTorch elsewhere, with the same noise.
+`reparameterize_kl_packed` is the first for mu and logvar in one tensor.
 `normal` and `uniform` are the counter-based generator they share.
 """
 
@@ -15,6 +16,7 @@ from fastvae_kernels.functional import (
     logistic_mixture_sample,
     normal,
     reparameterize_kl,
+    reparameterize_kl_packed,
     uniform,
 )
 
@@ -28,5 +30,6 @@ __all__ = [
     "logistic_mixture_sample",
     "normal",
     "reparameterize_kl",
+    "reparameterize_kl_packed",
     "uniform",
 ]

@@ -80,6 +80,44 @@ def reparameterize_kl(
     return reference.reparameterize_kl(mu, logvar, *place, num_samples, prior_mu, prior_logvar)
 
 
+def reparameterize_kl_packed(
+    statistics: Tensor,
+    seed: int | Tensor,
+    *,
+    offset: int | Tensor = 0,
+    num_samples: int | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`reparameterize_kl` of the two halves of one tensor, as one head of an encoder gives them.
+
+    The same numbers as `reparameterize_kl(*statistics.chunk(2, dim=1), seed, …)`, and a gradient
+    that is written as one tensor: no slice, no concatenation, no second buffer.
+
+    Args:
+        statistics: `[B, 2D, …]`, any strides: mu, then logvar along dimension 1; dtypes as there.
+        seed, offset, num_samples, impl: as there.
+
+    Returns:
+        z: `[B, D, …]` in the dtype of `statistics`; `[S, B, D, …]` where `num_samples` is given.
+        kl: `[B]` float32, nats, summed over all but the batch, against N(0, I).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or an `impl` that do not fit.
+    """
+    _check_floating("statistics", statistics)
+    if statistics.dim() < 2 or statistics.shape[1] % 2:
+        raise ValueError(
+            "statistics is [B, 2D, …], mu and logvar along dimension 1, "
+            f"got the shape {tuple(statistics.shape)}"
+        )
+    _check_num_samples(num_samples)
+    device = statistics.device
+    place = _int64_scalar("seed", seed, device), _int64_scalar("offset", offset, device)
+    if _use_triton(impl, statistics):
+        return ops.reparameterize_kl_packed(statistics, *place, num_samples)
+    return reference.reparameterize_kl(*statistics.chunk(2, dim=1), *place, num_samples)
+
+
 def bernoulli_nll(logits: Tensor, target: Tensor, *, impl: Impl = "auto") -> Tensor:
     """−log p(target) under independent Bernoulli pixels with the given logits.
 

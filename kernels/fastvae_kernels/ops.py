@@ -174,6 +174,58 @@ reparameterize_kl_prior.register_autograd(
 )
 
 
+# The same of one tensor whose halves are mu and logvar, and whose gradient is one tensor too:
+# autograd would write two and then concatenate them.
+
+
+@torch.library.custom_op("fastvae::reparameterize_kl_packed", mutates_args=())
+def reparameterize_kl_packed(
+    statistics: Tensor, seed: Tensor, offset: Tensor, num_samples: int | None = None
+) -> tuple[Tensor, Tensor]:
+    mu, logvar = statistics.chunk(2, dim=1)
+    return _reparameterize_kl(mu, logvar, seed, offset, num_samples)
+
+
+@reparameterize_kl_packed.register_fake
+def _(
+    statistics: Tensor, seed: Tensor, offset: Tensor, num_samples: int | None = None
+) -> tuple[Tensor, Tensor]:
+    return _like(statistics.chunk(2, dim=1)[0], num_samples), _per_sample(statistics)
+
+
+@torch.library.custom_op("fastvae::reparameterize_kl_packed_backward", mutates_args=())
+def reparameterize_kl_packed_backward(
+    statistics: Tensor, seed: Tensor, offset: Tensor, grad_z: Tensor, grad_kl: Tensor
+) -> Tensor:
+    mu, logvar = statistics.chunk(2, dim=1)
+    if not launches_triton(mu):
+        grads = reference.reparameterize_kl_backward(mu, logvar, seed, offset, grad_z, grad_kl)
+        return torch.cat(grads, dim=1)
+    from fastvae_kernels.triton_kernels.reparameterize_kl import backward
+
+    grad = _like(statistics)
+    grad_mu, grad_logvar = grad.chunk(2, dim=1)
+    backward(mu, logvar, seed, offset, grad_z, grad_kl, out=(grad_mu, grad_logvar))
+    return grad
+
+
+@reparameterize_kl_packed_backward.register_fake
+def _(statistics: Tensor, seed: Tensor, offset: Tensor, grad_z: Tensor, grad_kl: Tensor) -> Tensor:
+    return _like(statistics)
+
+
+def _reparameterize_kl_packed_grad(
+    ctx: Any, grad_z: Tensor, grad_kl: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad = reparameterize_kl_packed_backward(*ctx.saved_tensors, grad_z, grad_kl)
+    return grad, None, None, None
+
+
+reparameterize_kl_packed.register_autograd(
+    _reparameterize_kl_packed_grad, setup_context=_reparameterize_kl_setup
+)
+
+
 # ----------------------------------------------------------------------------- bernoulli_nll
 
 

@@ -263,6 +263,19 @@ def opcheck_cases():
                 ones(d),
             ),
         ],
+        "reparameterize_kl_packed": [
+            lambda d: (both(d, (3, 6))[0], *scalars(d)),
+            lambda d: (both(d, (2, 4, 3, 2), bf16)[0], *scalars(d), 3),
+        ],
+        "reparameterize_kl_packed_backward": [
+            lambda d: (both(d, (3, 6))[0].detach(), *scalars(d), Draw(d)((3, 3)), ones(d)),
+            lambda d: (
+                both(d, (2, 4, 3, 2), bf16)[0].detach(),
+                *scalars(d),
+                Draw(d, bf16)((5, 2, 2, 3, 2)),
+                ones(d, 2),
+            ),
+        ],
         "bernoulli_nll": [
             lambda d: (both(d)[0], byte(d)),
             lambda d: (both(d, image, bf16)[0], byte(d, image) > 99),

@@ -6,7 +6,7 @@ from functools import partial
 import kernel_oracle as oracle
 import pytest
 import torch
-from fastvae_kernels import functional, normal, reparameterize_kl
+from fastvae_kernels import functional, normal, reparameterize_kl, reparameterize_kl_packed
 from fastvae_kernels.triton_kernels import launch
 from kernel_cases import DTYPES, INTERPRETING, LAYOUTS, SHAPES, Draw, budget, far_apart, judge, leaf
 from scipy import stats
@@ -270,6 +270,83 @@ def test_empty(impl, device, shape, num_samples, prior):
     assert torch.equal(kl, torch.zeros(shape[:1], device=device))
     for grad in torch.autograd.grad((z, kl), inputs.values(), (torch.ones_like(z), kl + 1)):
         assert grad.shape == shape
+
+
+# ------------------------------------------------------------- mu and logvar in one tensor
+
+PACKED = {
+    "rows": lambda make: make((5, 74)),
+    "unaligned_halves": lambda make: make((5, 126)),
+    "images": lambda make: make((3, 8, 5, 7)),
+    "long_rows": lambda make: make((2, 10000)),
+    "wider_than_two_halves": lambda make: make((5, 80))[:, :74],
+    "transposed": lambda make: make((74, 5)).t(),
+    "channels_last": lambda make: make((3, 8, 5, 7)).contiguous(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_samples", [None, 3])
+@pytest.mark.parametrize("layout", PACKED)
+def test_packed_is_the_same_bit_for_bit(impl, device, layout, num_samples, dtype, use):
+    if INTERPRETING and (use != "both" or (num_samples and layout == "long_rows")):
+        pytest.skip("slow in the interpreter")
+    draw = Draw(device, DTYPES[dtype])
+    statistics = PACKED[layout](draw)
+    halves = [leaf(half) for half in statistics.chunk(2, dim=1)]
+    want = reparameterize_kl(*halves, SEED, offset=OFFSET, num_samples=num_samples, impl=impl)
+    packed = leaf(statistics)
+    got = reparameterize_kl_packed(packed, SEED, offset=OFFSET, num_samples=num_samples, impl=impl)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype
+        assert torch.equal(g, w)
+    weights = draw(want[0].shape), draw(want[1].shape).float()
+    chosen = {"z": [0], "kl": [1], "both": [0, 1]}[use]
+
+    def grads(outputs, inputs):
+        return torch.autograd.grad(
+            [outputs[i] for i in chosen], inputs, [weights[i] for i in chosen]
+        )
+
+    (grad,) = grads(got, [packed])
+    assert (grad.shape, grad.dtype) == (statistics.shape, statistics.dtype)
+    assert torch.equal(grad, torch.cat(grads(want, halves), dim=1))
+
+
+def test_packed_gradient_is_one_tensor_of_one_operator():
+    """No slice, concatenation or zero-fill between the loss and the head's output."""
+    statistics = leaf(Draw("cpu")((5, 74)))
+    z, _ = torch.ops.fastvae.reparameterize_kl_packed(statistics, torch.tensor(1), torch.tensor(0))
+    node = z.grad_fn
+    assert [type(parent).__name__ for parent, _ in node.next_functions if parent] == [
+        "AccumulateGrad"
+    ]
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 7), (4, 3, 2, 2)])
+def test_statistics_that_are_no_two_halves(impl, device, shape):
+    with pytest.raises(ValueError, match=r"statistics is \[B, 2D, …\]") as caught:
+        reparameterize_kl_packed(torch.zeros(shape, device=device), 0, impl=impl)
+    assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 4, 0)])
+def test_packed_empty(impl, device, shape):
+    statistics = torch.zeros(shape, device=device, requires_grad=True)
+    z, kl = reparameterize_kl_packed(statistics, 0, impl=impl)
+    assert z.shape == (shape[0], shape[1] // 2, *shape[2:])
+    (grad,) = torch.autograd.grad((z.sum() + kl.sum()), statistics)
+    assert grad.shape == shape
+
+
+def test_gradcheck_packed():
+    statistics = leaf(Draw("cpu", torch.float64)((3, 14)))
+    place = torch.tensor(3), torch.tensor(0)
+    op = torch.ops.fastvae.reparameterize_kl_packed
+    assert torch.autograd.gradcheck(lambda s: reparameterize_kl_packed(s, 3), statistics)
+    assert torch.autograd.gradcheck(lambda s: op(s, *place), statistics)
+    assert torch.autograd.gradcheck(lambda s: op(s, *place, 2), statistics)
 
 
 # ------------------------------------------------------------------------- against libraries

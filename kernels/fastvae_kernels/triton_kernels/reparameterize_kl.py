@@ -111,6 +111,7 @@ def backward_kernel(
     grad_z_stride_b,
     grad_z_stride_d,
     grad_kl_stride_b,
+    grad_stride_b,
     HAS_PRIOR: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -121,7 +122,7 @@ def backward_kernel(
     With e = (μ − μₚ)/σₚ and r = σ²/σₚ² (μₚ = 0 and σₚ = 1 without a prior) writes, all `[B, D]`,
     grad_mu = Σ grad_z + grad_kl·e/σₚ, grad_logvar = ½ [Σ grad_z·ε·σ + grad_kl·(r − 1)],
     grad_prior_mu = −grad_kl·e/σₚ, grad_prior_logvar = −½ grad_kl·(r − 1 + e²).
-    Program (i, j): one tile.
+    The rows of the first two lie `grad_stride_b` apart. Program (i, j): one tile.
     """
     seed = tl.load(seed_ptr).to(tl.uint64)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -162,10 +163,11 @@ def backward_kernel(
     from_z = tl.where(noise == 0.0, 0.0, noise * tl.exp(0.5 * logvar))
     grad_logvar = 0.5 * (from_z + from_ratio)
 
-    out_at = row[:, None] * D + column[None, :]
+    out_at = row[:, None] * grad_stride_b + column[None, :]
     tl.store(grad_mu_BD + out_at, grad_mu.to(grad_mu_BD.dtype.element_ty), mask=mask)
     tl.store(grad_logvar_BD + out_at, grad_logvar.to(grad_logvar_BD.dtype.element_ty), mask=mask)
     if HAS_PRIOR:
+        out_at = row[:, None] * D + column[None, :]
         grad_prior_mu = grad_prior_mu.to(grad_prior_mu_BD.dtype.element_ty)
         tl.store(grad_prior_mu_BD + out_at, grad_prior_mu, mask=mask)
         grad_prior_logvar = grad_prior_logvar.to(grad_prior_logvar_BD.dtype.element_ty)
@@ -226,19 +228,25 @@ def backward(
     grad_kl: Tensor,
     prior_mu: Tensor | None = None,
     prior_logvar: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """One launch. Returns grad_mu, grad_logvar and, where there is a prior, grad_prior_mu and
-    grad_prior_logvar: contiguous, each like its input. `grad_z` is like z."""
+    grad_prior_logvar: each like its input, and contiguous. `grad_z` is like z.
+
+    The first two are written to `out` if that is given: like `mu`, contiguous but for the stride
+    of the batch, which they share.
+    """
     mu_BD, logvar_BD = rows(mu), rows(logvar)
     prior_mu_BD, prior_logvar_BD, has_prior = _prior_rows(mu_BD, prior_mu, prior_logvar)
     grad_z_SBD = rows(grad_z if grad_z.dim() > mu.dim() else grad_z.unsqueeze(0), leading=2)
     B, D = mu_BD.shape
     S = grad_z_SBD.shape[0]
     tiles = tiling(B, D)
-    inputs: tuple[Tensor, ...] = (mu, logvar)
+    inputs: tuple[Tensor, ...] = () if out else (mu, logvar)
     if prior_mu is not None and prior_logvar is not None:
         inputs += (prior_mu, prior_logvar)
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=mu.device) for x in inputs)
+    grads = out or ()
+    grads += tuple(torch.empty(x.shape, dtype=x.dtype, device=mu.device) for x in inputs)
     with on_device(mu):
         backward_kernel[(tiles.row_programs, tiles.column_programs)](
             mu_BD,
@@ -261,6 +269,7 @@ def backward(
             grad_z_SBD.stride(0) if S > 1 else 0,
             *grad_z_SBD.stride()[1:],
             grad_kl.stride(0),
+            rows(grads[0]).stride(0),
             HAS_PRIOR=has_prior,
             BLOCK_R=tiles.block_r,
             BLOCK_C=tiles.block_c,
