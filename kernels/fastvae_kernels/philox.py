@@ -9,12 +9,22 @@ device, in every process, in whatever batch it comes, and however many samples a
 
 Integers are held in int64 and every product fits in 63 bits, so eager PyTorch, Inductor and the
 Triton kernels agree on them bit for bit.
+
+The code here is the definition, and Inductor fuses it into one pass. Eager PyTorch on a CPU would
+make a hundred passes; there C code (cpu/philox.c) draws the same bits, if it can be built.
 """
 
+import ctypes
+import functools
+import logging
 import math
 
 import torch
 from torch import Tensor
+
+from fastvae_kernels.cpu import noise
+
+_log = logging.getLogger(__name__)
 
 _MASK = 0xFFFFFFFF
 # The multipliers less 2^32: x * (M - 2^32) fits in an int64 for every 32-bit x.
@@ -80,8 +90,9 @@ def _interleave(parts: tuple[Tensor, ...], columns: int) -> Tensor:
 
 def row_uniforms(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
     """Uniform on [0, 1), never 1: float32 `[rows, columns]`, multiples of 2^-24."""
-    parts = tuple((bits >> 8).float() * 2.0**-24 for bits in row_bits(rows, columns, seed, offset))
-    return _interleave(parts, columns)
+    if noise.is_direct(seed, offset) and (c := _c_code()):
+        return noise.row_uniforms(c, rows, columns, seed, offset)
+    return _uniforms(rows, columns, seed, offset)
 
 
 def row_normals(
@@ -89,6 +100,35 @@ def row_normals(
 ) -> Tensor:
     """Standard normal, magnitudes up to 6.8: float32 `[rows, columns]`, or with `samples`
     `[samples, rows, columns]`."""
+    if noise.is_direct(seed, offset) and (c := _c_code()):
+        return noise.row_normals(c, rows, columns, seed, offset, samples)
+    return _normals(rows, columns, seed, offset, samples)
+
+
+@functools.cache
+def _c_code() -> ctypes.CDLL | None:
+    """The library that draws, if it was built and gives the bits of the code below."""
+    c = noise.library()
+    if c is None:
+        return None
+    # More calls than one block, a row's last call cut short, and a carry into counter word 1.
+    seed, offset = (torch.tensor(value, device="cpu") for value in (-(2**40) - 3, 2**31 - 20))
+    if torch.equal(
+        noise.row_uniforms(c, 37, 7, seed, offset), _uniforms(37, 7, seed, offset)
+    ) and torch.equal(
+        noise.row_normals(c, 37, 7, seed, offset, 2), _normals(37, 7, seed, offset, 2)
+    ):
+        return c
+    _log.debug("PyTorch draws the noise on the CPU, not C: the compiled code gives other numbers")
+    return None
+
+
+def _uniforms(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
+    parts = tuple((bits >> 8).float() * 2.0**-24 for bits in row_bits(rows, columns, seed, offset))
+    return _interleave(parts, columns)
+
+
+def _normals(rows: int, columns: int, seed: Tensor, offset: Tensor, samples: int | None) -> Tensor:
     a, b, c, d = row_bits(rows, columns, seed, offset, samples)
     return _interleave((*_box_muller(a, b), *_box_muller(c, d)), columns)
 

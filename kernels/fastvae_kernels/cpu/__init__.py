@@ -1,0 +1,1 @@
+"""What eager PyTorch on a CPU takes from C code, compiled where it runs."""
