@@ -15,27 +15,27 @@ from fastvae.noise import derived_seed
 
 
 class EpochOrder:
-    """The endless sequence of sample indices that a run meets."""
+    """The endless sequence of sample indices that a run meets, on the CPU."""
 
-    def __init__(self, size: int, seed: int, device: torch.device | str = "cpu") -> None:
-        """`size`: samples in the data set. Indices are handed out on `device`."""
+    def __init__(self, size: int, seed: int) -> None:
+        """`size`: samples in the data set."""
         self.size = size
         self.seed = seed
-        self.device = torch.device(device)
         # A batch spans at most a few epochs; two permutations serve all but the tiniest data sets.
-        self._permutation = lru_cache(maxsize=2)(self._draw)
+        self.epoch = lru_cache(maxsize=2)(self._draw)
 
     def indices(self, position: int, count: int) -> Tensor:
         """Indices of the samples at `position` … `position + count − 1`: int64 `[count]`."""
         pieces = []
         while count > 0:
             epoch, start = divmod(position, self.size)
-            piece = self._permutation(epoch)[start : start + count]
+            piece = self.epoch(epoch)[start : start + count]
             pieces.append(piece)
             position += len(piece)
             count -= len(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _draw(self, epoch: int) -> Tensor:
+        """The permutation of one epoch: int64 `[size]`."""
         generator = torch.Generator().manual_seed(derived_seed("order", self.seed, epoch))
-        return torch.randperm(self.size, generator=generator).to(self.device)
+        return torch.randperm(self.size, generator=generator)

@@ -1,7 +1,6 @@
 """A training run from its configuration to its results."""
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -30,16 +29,17 @@ from fastvae.training.compiler import should_compile
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.log import RunLog
-from fastvae.training.schedule import learning_rate
+from fastvae.training.replay import MOST_STEPS_PER_LAUNCH
 from fastvae.training.step import METRICS, TrainingStep
+from fastvae.training.updates import Updates
 
 Answer = TypeVar("Answer")
 
 # What may change when a run is resumed; the rest would make it another run.
 RESUMABLE = {
-    "output", "epochs", "max_steps", "mixed_precision", "matmul_precision", "compile", "log_every",
-    "eval_every", "checkpoint_every", "tracker", "gradient_accumulation_steps", "data.data_dir",
-    "data.download", "data.heldout_limit",
+    "output", "epochs", "max_steps", "mixed_precision", "matmul_precision", "compile",
+    "steps_per_launch", "log_every", "eval_every", "checkpoint_every", "tracker",
+    "gradient_accumulation_steps", "data.data_dir", "data.download", "data.heldout_limit",
 }  # fmt: skip
 
 
@@ -57,14 +57,16 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     accelerator = _make_accelerator(config)
     device = accelerator.device
     matmul_precision = use_matmul_precision(config.matmul_precision, device)
-    part = _part_of_batch(config, accelerator.num_processes)
+    _check_batch(config, accelerator.num_processes)
     _on_main(accelerator, lambda: _check_folder(config, resume))
 
     # The images.
     with accelerator.local_main_process_first():
         train_set, heldout_set = load_data(config.data, config.seed)
     train_set, heldout_set = (runs.prepare(s, config) for s in (train_set, heldout_set))
-    feed = Feed(train_set, config.seed, device)
+    feed = Feed(
+        train_set, config.seed, device, samples_ahead=MOST_STEPS_PER_LAUNCH * config.batch_size
+    )
     plan = _Plan.of(config, len(train_set))
 
     # The model, what it maximises, and how.
@@ -87,15 +89,20 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
                 "give more --epochs or --max-steps to continue it"
             )
 
-    # Compiled in place and before it is wrapped: autocast is inside the graph, names stay clean.
-    step_module = TrainingStep(model, objective, config.seed).to(device)
+    # The steps: compiled, distributed, replayed.
     compiled, remark = should_compile(config, plan.steps - state["step"], device)
-    if compiled:
-        step_module.compile(fullgraph=True, dynamic=False)
-    with warnings.catch_warnings():
-        # New in PyTorch under another name, which Accelerate does not pass on yet.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        wrapped, optimizer = accelerator.prepare(step_module, optimizer)
+    updates = Updates(
+        model,
+        TrainingStep(model, objective, config.seed).to(device),
+        feed,
+        optimizer,
+        ema,
+        accelerator,
+        config,
+        total_steps=plan.steps,
+        done=state["step"],
+        compiled=compiled,
+    )
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -108,46 +115,30 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     log.say(_introduction(run, train_set, heldout_set, model, accelerator, config))
     if remark:
         log.say(remark)
-    sums = torch.tensor(state["pending"], dtype=torch.float64, device=device)
-    if not accelerator.is_main_process:
-        sums.zero_()  # what a checkpoint holds is the sum over all processes
+    if accelerator.is_main_process:  # what a checkpoint holds is the sum over all processes
+        updates.sums.copy_(torch.tensor(state["pending"]))
     summed_images: int = state["pending_images"]
     clock = Clock()
     result: Evaluation | None = None
 
-    for step in range(state["step"], plan.steps):
-        # One optimizer step over `batch_size` images, this process's in `accumulation` parts.
-        lr = learning_rate(config.optimizer, step, plan.steps, plan.steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        first = step * config.batch_size + accelerator.process_index * (
-            part * config.gradient_accumulation_steps
-        )
-        for index in range(config.gradient_accumulation_steps):
-            position = first + index * part
-            batch = feed.batch(position, part)
-            with accelerator.accumulate(wrapped):
-                loss, part_sums = wrapped(batch, torch.full((), position, device=device))
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and config.optimizer.clip_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            sums += part_sums
-        if ema:
-            ema.update(model, step)
-        done = step + 1
-        summed_images += config.batch_size
-        clock.count(config.batch_size, device)
+    while updates.done < plan.steps:
+        # As many steps as there is nothing to say or to keep between.
+        steps = 1 if clock.first_step_seconds is None else plan.undisturbed(updates.done, config)
+        updates.advance(steps)
+        done = updates.done
+        summed_images += steps * config.batch_size
+        clock.count(steps * config.batch_size, device)
+        is_last = done == plan.steps
 
         # What to say of it. The host waits for the device here and nowhere else.
-        is_last = done == plan.steps
         evaluate_now = is_last or plan.crosses(done, config.eval_every)
         if evaluate_now or done % config.log_every == 0:
-            means = (accelerator.reduce(sums.clone(), reduction="sum") / summed_images).tolist()
+            means = (
+                accelerator.reduce(updates.sums.clone(), reduction="sum") / summed_images
+            ).tolist()
             _require_finite(means, done, run)
             line = _line(done, plan, config, dict(zip(METRICS, means, strict=True)), names)
-            line |= {"lr": lr, "images_per_second": clock.rate()}
+            line |= {"lr": updates.learning_rate(done - 1), "images_per_second": clock.rate()}
             with clock.paused(device):
                 if evaluate_now:
                     result = evaluate(
@@ -155,13 +146,13 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
                     )
                     line |= {f"heldout_{k}": v for k, v in result.named().items() if k != "images"}
                 log.write(done, line)
-            sums.zero_()
+            updates.sums.zero_()
             summed_images = 0
 
         # What to keep of it.
         if is_last or plan.crosses(done, config.checkpoint_every):
             with clock.paused(device):
-                pending = accelerator.reduce(sums.clone(), reduction="sum").tolist()
+                pending = accelerator.reduce(updates.sums.clone(), reduction="sum").tolist()
                 _require_finite(pending, done, run)
                 state = {
                     "step": done,
@@ -176,7 +167,7 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
                         run,
                         model=final_model,
                         trained=model,
-                        optimizer=optimizer.optimizer,
+                        optimizer=optimizer,
                         state=state,
                     )
 
@@ -212,6 +203,18 @@ class _Plan:
     def epoch(self, done: int) -> float:
         return done * self.batch_size / self.samples_per_epoch
 
+    def undisturbed(self, done: int, config: Config) -> int:
+        """Steps from `done` to the next after which something is logged, measured or kept."""
+        end = done + 1
+        while not (
+            end == self.steps
+            or end % config.log_every == 0
+            or self.crosses(end, config.eval_every)
+            or self.crosses(end, config.checkpoint_every)
+        ):
+            end += 1
+        return end - done
+
     def crosses(self, done: int, epochs: float) -> bool:
         """Whether step number `done` completed a multiple of so many epochs."""
         return int(self.epoch(done) / epochs) > int(self.epoch(done - 1) / epochs)
@@ -241,8 +244,8 @@ def _make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _part_of_batch(config: Config, processes: int) -> int:
-    """Images in one forward pass of one process."""
+def _check_batch(config: Config, processes: int) -> None:
+    """Refuse a batch that processes and accumulation cannot cut into equal parts."""
     parts = processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         below = config.batch_size // parts * parts
@@ -251,7 +254,6 @@ def _part_of_batch(config: Config, processes: int) -> int:
             f"--batch-size {config.batch_size} does not divide among {processes} processes × "
             f"{config.gradient_accumulation_steps} accumulation steps; {fits} does"
         )
-    return config.batch_size // parts
 
 
 def _check_together(
@@ -325,7 +327,11 @@ def _require_finite(values: list[float], done: int, run: Path) -> None:
 def _make_optimizer(config: OptimizerConfig, model: Model) -> torch.optim.Optimizer:
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return cls(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        model.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+        capturable=next(model.parameters()).is_cuda,
     )
 
 

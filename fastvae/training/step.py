@@ -1,4 +1,4 @@
-"""What one step computes: the module that is compiled and wrapped for distribution."""
+"""What one step computes: the modules that are compiled and wrapped for distribution."""
 
 from typing import Protocol
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastvae.batch import Batch
 from fastvae.parts.objectives import Objective
 from fastvae.parts.terms import Terms
+from fastvae.training.feed import Feed
 
 METRICS = ("loss", "nll", "kl")
 
@@ -45,3 +46,15 @@ class TrainingStep(nn.Module):
         nll = terms.nll.detach().mean(0)
         sums = torch.stack([loss.detach().sum(), nll.sum(), terms.kl.detach().sum()])
         return loss.mean(), sums.double()
+
+
+class FedStep(nn.Module):
+    """The same for data that live on the device: the rows' position in, which gathers them too."""
+
+    def __init__(self, step: TrainingStep, feed: Feed, rows: int) -> None:
+        super().__init__()
+        self.step, self.feed, self.rows = step, feed, rows
+
+    def forward(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """`position` and what is returned are as in `TrainingStep.forward`."""
+        return self.step(self.feed.batch(position, self.rows), position)

@@ -233,7 +233,7 @@ def made(**settings: Any) -> Any:
     return (
         build_model(ModelConfig(**parts[ModelConfig]), data, 4).spec(),
         objective.spec,  # type: ignore[attr-defined]
-        [learning_rate(optimizer, step, 100, 4) for step in range(100)],
+        [float(learning_rate(optimizer, torch.tensor(step), 100, 4)) for step in range(100)],
     )
 
 

@@ -33,17 +33,18 @@ def test_slices_of_processes_tile_the_batch(processes: int, accumulation: int) -
     numbers = torch.arange(50)
     images = ImageSet(numbers.to(torch.uint8).view(50, 1, 1, 1), numbers / 2, "numbers")
     part, batch = 3, 3 * processes * accumulation
-    whole = Feed(images, 9, torch.device("cpu"))
+    whole = Feed(images, 9, torch.device("cpu"), samples_ahead=batch)
     for step in (0, 1, 7):
         pieces = []
         for process in range(processes):
-            feed = Feed(images, 9, torch.device("cpu"))
+            feed = Feed(images, 9, torch.device("cpu"), samples_ahead=batch)
+            feed.prepare(step * batch, (step + 1) * batch)
             for index in range(accumulation):
                 position = step * batch + process * part * accumulation + index * part
-                pieces.append(feed.batch(position, part))
+                pieces.append(feed.batch(torch.tensor(position), part))
         x, labels, indices = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         for tiled, at_once in zip(
-            (x, labels, indices), whole.batch(step * batch, batch), strict=True
+            (x, labels, indices), whole.copied_batch(step * batch, batch), strict=True
         ):
             assert torch.equal(tiled, at_once)
         # What belongs to one row stays together.
@@ -63,3 +64,19 @@ def test_the_order_never_changes() -> None:
     """Written down: a run resumed later or elsewhere must go on in the same order."""
     expected = [9, 3, 8, 5, 2, 7, 6, 0, 4, 1, 1, 6, 2, 9, 5, 0, 4, 8, 7, 3]
     assert EpochOrder(10, seed=0).indices(0, 20).tolist() == expected
+
+
+@pytest.mark.parametrize("size, batch, steps", [(37, 8, 1), (37, 8, 30), (5, 12, 3), (40, 40, 2)])
+def test_places_computed_on_the_device_are_those_of_the_order(
+    size: int, batch: int, steps: int
+) -> None:
+    """Also where a batch crosses an epoch's end, or meets a tiny data set several times."""
+    images = ImageSet(torch.zeros(size, 1, 1, 1, dtype=torch.uint8), None, "none")
+    feed = Feed(images, 9, torch.device("cpu"), samples_ahead=steps * batch)
+    order = EpochOrder(size, seed=9)
+    for first in range(0, 20 * steps * batch, steps * batch):
+        feed.prepare(first, first + steps * batch)
+        for step in range(steps):
+            at = first + step * batch
+            found = feed.batch(torch.tensor(at), batch).indices
+            assert found is not None and torch.equal(found, order.indices(at, batch))

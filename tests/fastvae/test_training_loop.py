@@ -108,7 +108,7 @@ def test_the_lines_of_metrics(trained: Trained) -> None:
     assert lines[-1]["heldout_elbo"] > lines[2]["heldout_elbo"]
     schedule = OptimizerConfig(learning_rate=2e-3, schedule="cosine")
     for line in lines:
-        assert line["lr"] == learning_rate(schedule, line["step"] - 1, 60, EPOCH / 64)
+        assert line["lr"] == learning_rate(schedule, torch.tensor(line["step"] - 1), 60, EPOCH / 64)
 
 
 def test_the_results(trained: Trained) -> None:
@@ -142,7 +142,9 @@ def test_the_checkpoint_is_the_model(trained: Trained) -> None:
     """Loaded as anybody would, it gives the figures of the run."""
     vae = VAE.from_pretrained(trained.run)
     _, held_out = load_data(DataConfig(), seed=0)
-    assert evaluate(vae, held_out, seed=0).named() == results(trained.run)["heldout"]
+    found = evaluate(vae, held_out, seed=0).named()
+    # The run may have multiplied its matrices by another library than this process does.
+    assert found == pytest.approx(results(trained.run)["heldout"], rel=1e-6)
     assert_same_tensors(weights(trained.run), vae.state_dict())
     state = training_state(trained.run)
     for name, parameter in vae.named_parameters():

@@ -43,8 +43,9 @@ from fastvae.training.feed import Feed
 taken, batch = [], Feed.batch
 
 def noting(self, position, count):
-    taken.append(self.order.indices(position, count).tolist())
-    return batch(self, position, count)
+    rows = batch(self, position, count)
+    taken.append(rows.indices.tolist())
+    return rows
 
 Feed.batch = noting
 main(["train", *sys.argv[1:]])

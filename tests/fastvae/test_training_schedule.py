@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from fastvae.config import OptimizerConfig
 from fastvae.training.schedule import learning_rate
@@ -10,7 +11,7 @@ from fastvae.training.schedule import learning_rate
 
 def rates(steps: list[int], total: int = 100, per_epoch: float = 10.0, **settings: object) -> list:
     config = OptimizerConfig(learning_rate=0.1, **settings)  # type: ignore[arg-type]
-    return [learning_rate(config, step, total, per_epoch) for step in steps]
+    return [float(learning_rate(config, torch.tensor(step), total, per_epoch)) for step in steps]
 
 
 def test_constant() -> None:
