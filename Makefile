@@ -7,6 +7,7 @@ READY := .venv/.ready
 CACHE := $(CURDIR)/.cache
 THREADS := $(shell nproc 2>/dev/null || echo 1)
 
+export FASTVAE_CACHE_DIR := $(CACHE)/fastvae
 export HF_HOME := $(CACHE)/huggingface
 export MPLCONFIGDIR := $(CACHE)/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -42,7 +43,8 @@ def train_command(arguments: Sequence[str]) -> None:
     if parsed.resume is not None and parsed.settings.output != parsed.resume:
         raise UserError("--output cannot be given with --resume: the run goes on in its folder")
     name = parsed.preset if parsed.config is None else parsed.config.resolve().parent.name
-    train(parsed.settings, name=name, resume=parsed.resume)
+    launched = psutil.Process().create_time()
+    train(parsed.settings, name=name, resume=parsed.resume, launched=launched)
 
 
 def _base(arguments: Sequence[str]) -> TrainArguments:

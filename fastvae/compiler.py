@@ -1,8 +1,18 @@
-"""Whether torch.compile works on this machine."""
+"""torch.compile on this machine: whether it works, and where it keeps what it made."""
 
 import logging
+import os
 
 import torch
+from fastvae_kernels.cpu.build import cache_folder
+
+
+def keep_compiled_code() -> None:
+    """Let Inductor keep its code where the next process, or the one after a restart, finds it.
+
+    Its own default is the system's folder of temporary files. $TORCHINDUCTOR_CACHE_DIR goes first.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
 def compiler_problem(device: torch.device) -> str:

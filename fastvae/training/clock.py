@@ -8,19 +8,23 @@ import torch
 class Clock:
     """Images per second of training alone: no first step (it compiles), no evaluation."""
 
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
+    def __init__(self, launched: float | None = None) -> None:
+        """`launched`: when the program was started, as time.time() has it; now unless given."""
+        self.launched = time.time() if launched is None else launched
         self.first_step_seconds: float | None = None
+        """From the launch to the end of the first step."""
         self.images = self.window_images = 0
         self.seconds = 0.0
-        self.window_start = self.began
+        self.window_start = time.perf_counter()
 
-    def count(self, images: int, device: torch.device) -> None:
-        if self.first_step_seconds is None:
-            _synchronize(device)
-            self.first_step_seconds = time.perf_counter() - self.began
-            self.window_start = time.perf_counter()
-            return
+    def first_step(self, device: torch.device) -> None:
+        """The first step has been taken."""
+        _synchronize(device)
+        self.first_step_seconds = time.time() - self.launched
+        self.window_start = time.perf_counter()
+
+    def count(self, images: int) -> None:
+        """So many images more, after the first step."""
         self.window_images += images
 
     def rate(self) -> float:

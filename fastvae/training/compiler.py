@@ -1,35 +1,59 @@
 """Whether and how to compile the training step."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from fastvae.batch import Batch
 from fastvae.compiler import compiler_problem
 from fastvae.config import Config
 from fastvae.errors import UserError
+from fastvae.training.step import TrainingStep
 
-# Shorter runs end sooner without the seconds that compilation takes.
-WORTHWHILE_STEPS = 3000
+# Compilation takes 10 to 40 seconds and then saves a quarter to a half of a run.
+WORTHWHILE_SECONDS = 60.0
+# What a step takes that is not compiled, roughly: so much for calling its operations, and so many
+# operations a second. A constant, not a measurement, so that the same run is always run alike.
+_SECONDS_OF_CALLS = {"cpu": 2e-3, "cuda": 3e-4}
+_FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 3e13}
 
 
-def should_compile(config: Config, total_steps: int, device: torch.device) -> tuple[bool, str]:
-    """Decide, and say why in one line where "auto" decides against it (else an empty line)."""
+def should_compile(
+    config: Config, steps: int, flops: float, device: torch.device
+) -> tuple[bool, str]:
+    """Decide, and say why in one line where "auto" decides against it (else an empty line).
+
+    `steps`: those that are left; `flops`: floating-point operations of one of them, here.
+    """
     if config.compile == "off":
         return False, ""
     if config.model.refine_steps and config.model.inference == "encoder":
         return False, "not compiled: --refine-steps differentiates inside the forward pass"
-    if config.compile == "auto" and total_steps < WORTHWHILE_STEPS:
-        return (
-            False,
-            f"not compiled: {total_steps} steps end sooner without (or --compile on)",
-        )
+    if config.compile == "auto":
+        kind = "cpu" if device.type == "cpu" else "cuda"
+        seconds = steps * (_SECONDS_OF_CALLS[kind] + flops / _FLOPS_PER_SECOND[kind])
+        if seconds < WORTHWHILE_SECONDS:
+            return False, f"not compiled: {steps} steps end sooner without (or --compile on)"
     if problem := compiler_problem(device):
         if config.compile == "on":
             raise UserError(f"--compile on: torch.compile does not work here: {problem}")
         return False, f"not compiled: torch.compile does not work here: {problem}"
     return True, ""
+
+
+@torch.no_grad()
+def training_flops(step: TrainingStep, batch: Batch) -> float:
+    """Floating-point operations of the matrix products and convolutions of one training step on
+    such a batch: those of a forward pass, which is tried on a copy, and twice as many backward."""
+    trial = copy.deepcopy(step)
+    position = torch.zeros((), dtype=torch.int64, device=batch.x.device)
+    with FlopCounterMode(display=False) as counter:
+        trial(batch, position)
+    return 3.0 * counter.get_total_flops()
 
 
 Gradients = Callable[[Tensor], tuple[tuple[Tensor | None, ...], Tensor]]

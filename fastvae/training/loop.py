@@ -14,6 +14,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from fastvae import runs
 from fastvae.build import build_model, build_objective
 from fastvae.combinations import why_unread
+from fastvae.compiler import keep_compiled_code
 from fastvae.config import Config, OptimizerConfig, differences
 from fastvae.data import ImageSet, load_data
 from fastvae.errors import UserError
@@ -25,7 +26,7 @@ from fastvae.precision import use_matmul_precision
 from fastvae.results import write_results
 from fastvae.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvae.training.clock import Clock
-from fastvae.training.compiler import should_compile
+from fastvae.training.compiler import should_compile, training_flops
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.log import RunLog
@@ -43,19 +44,26 @@ RESUMABLE = {
 }  # fmt: skip
 
 
-def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
+def train(
+    config: Config, *, name: str, resume: Path | None = None, launched: float | None = None
+) -> Path:
     """Train a model and write everything about it into a run's folder, which is returned.
 
     Call it on every process. `name` is what a fresh run without `config.output` is called;
-    `resume` is the folder of a run to continue, whose settings `config` must share.
+    `resume` is the folder of a run to continue, whose settings `config` must share; `launched` is
+    when the program was started (as time.time() has it; now unless given), from which the time to
+    the first step counts.
     Raises UserError for whatever the user can mend, before any work where that is possible.
     """
+    clock = Clock(launched)
     if resume is None and (reason := why_unread(config)):
         raise UserError(reason)
 
     # The processes, and what each takes of a batch.
     accelerator = _make_accelerator(config)
     device = accelerator.device
+    if device.type == "cuda":  # on the default stream nothing can be captured
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     matmul_precision = use_matmul_precision(config.matmul_precision, device)
     _check_batch(config, accelerator.num_processes)
     _on_main(accelerator, lambda: _check_folder(config, resume))
@@ -90,10 +98,11 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
             )
 
     # The steps: compiled, distributed, replayed.
-    compiled, remark = should_compile(config, plan.steps - state["step"], device)
+    step_module = TrainingStep(model, objective, config.seed).to(device)
+    compiled, remark = _decide_to_compile(config, step_module, feed, accelerator, plan, state)
     updates = Updates(
         model,
-        TrainingStep(model, objective, config.seed).to(device),
+        step_module,
         feed,
         optimizer,
         ema,
@@ -118,7 +127,6 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
     if accelerator.is_main_process:  # what a checkpoint holds is the sum over all processes
         updates.sums.copy_(torch.tensor(state["pending"]))
     summed_images: int = state["pending_images"]
-    clock = Clock()
     result: Evaluation | None = None
 
     while updates.done < plan.steps:
@@ -127,7 +135,11 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
         updates.advance(steps)
         done = updates.done
         summed_images += steps * config.batch_size
-        clock.count(steps * config.batch_size, device)
+        if clock.first_step_seconds is None:
+            clock.first_step(device)
+            log.say(f"first step {clock.first_step_seconds:.1f} s after the start")
+        else:
+            clock.count(steps * config.batch_size)
         is_last = done == plan.steps
 
         # What to say of it. The host waits for the device here and nowhere else.
@@ -180,6 +192,8 @@ def train(config: Config, *, name: str, resume: Path | None = None) -> Path:
         )
         log.say(_conclusion(run, result, written))
     accelerator.end_training()
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.default_stream(device))
     return run
 
 
@@ -242,6 +256,23 @@ def _make_accelerator(config: Config) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
     return accelerator
+
+
+def _decide_to_compile(
+    config: Config,
+    step: TrainingStep,
+    feed: Feed,
+    accelerator: Accelerator,
+    plan: _Plan,
+    state: dict[str, Any],
+) -> tuple[bool, str]:
+    keep_compiled_code()
+    flops = 0.0
+    if config.compile == "auto" and not config.model.refine_steps:
+        share = config.batch_size // accelerator.num_processes
+        rows = share // config.gradient_accumulation_steps
+        flops = training_flops(step, feed.copied_batch(0, rows)) * share / rows
+    return should_compile(config, plan.steps - state["step"], flops, accelerator.device)
 
 
 def _check_batch(config: Config, processes: int) -> None:

@@ -66,7 +66,9 @@ def test_the_order_never_changes() -> None:
     assert EpochOrder(10, seed=0).indices(0, 20).tolist() == expected
 
 
-@pytest.mark.parametrize("size, batch, steps", [(37, 8, 1), (37, 8, 30), (5, 12, 3), (40, 40, 2)])
+@pytest.mark.parametrize(
+    ("size", "batch", "steps"), [(37, 8, 1), (37, 8, 30), (5, 12, 3), (40, 40, 2)]
+)
 def test_places_computed_on_the_device_are_those_of_the_order(
     size: int, batch: int, steps: int
 ) -> None:

@@ -8,19 +8,44 @@ import torch
 from conftest import Trained
 from running import TINY, fastvae, metrics, results, run_process, weights
 
-from fastvae.config import Config
-from fastvae.training.compiler import WORTHWHILE_STEPS, should_compile
+from fastvae.batch import Batch
+from fastvae.build import build_model
+from fastvae.config import Config, ModelConfig
+from fastvae.data import ImageSet
+from fastvae.parts.objectives import ELBO
+from fastvae.training import compiler
+from fastvae.training.compiler import should_compile, training_flops
+from fastvae.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 
 
 def test_short_runs_are_not_compiled() -> None:
-    assert should_compile(Config(compile="off"), 10**6, CPU) == (False, "")
-    compiled, remark = should_compile(Config(), WORTHWHILE_STEPS - 1, CPU)
+    assert should_compile(Config(compile="off"), 10**6, 1e9, CPU) == (False, "")
+    compiled, remark = should_compile(Config(), 100, 1e9, CPU)
     assert not compiled
-    assert f"{WORTHWHILE_STEPS - 1} steps" in remark
+    assert "100 steps" in remark
     assert "--compile on" in remark
     assert "\n" not in remark
+
+
+def test_long_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are long by their number of steps or by the work in each."""
+    monkeypatch.setattr(compiler, "compiler_problem", lambda device: "")
+    for steps, flops in ((10**5, 1.0), (100, 1e12)):
+        assert should_compile(Config(), steps, flops, CPU) == (True, "")
+
+
+def test_operations_are_counted() -> None:
+    """By hand: twice the multiplications, three times the forward pass, for each of 5 images."""
+    images = ImageSet(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), None, "none")
+    model = build_model(ModelConfig(hidden=(7,), latent_dim=2), images, 5)
+    step = TrainingStep(model, ELBO(), 0)
+    before = {k: v.clone() for k, v in step.state_dict().items()}
+    multiplications = 64 * 7 + 7 * 4 + 2 * 7 + 7 * 64
+    assert training_flops(step, Batch(images.images)) == 3 * 2 * multiplications * 5
+    for name, value in step.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_compiled_training_agrees(trained: Trained, tmp_path: Path) -> None:
@@ -43,7 +68,7 @@ def test_without_a_compiler(choice: str, tmp_path: Path) -> None:
     """Nothing is on the path, and what CXX names is not there."""
     flags = [flag for flag in TINY if flag not in ("--compile", "off")]
     program = (
-        "import fastvae.training.compiler as compiler, sys; compiler.WORTHWHILE_STEPS = 5; "
+        "import fastvae.training.compiler as compiler, sys; compiler.WORTHWHILE_SECONDS = 0; "
         "from fastvae.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, "train", *flags, "--compile", choice]

@@ -33,7 +33,7 @@ def load(source: Path) -> ctypes.CDLL:
     flags = [*_FLAGS, "-march=native"] if cpu else _FLAGS
     ingredients = [source.read_text(encoding="utf-8"), *compiler, *flags, cpu]
     made_of = _digest("\0".join(ingredients).encode())
-    folder = _cache()
+    folder = cache_folder() / "kernels"
     for path in sorted(folder.glob(f"{source.stem}-{made_of}-*.so")):
         if path.stem.endswith(_digest(path.read_bytes())):
             return ctypes.CDLL(str(path))
@@ -78,9 +78,12 @@ def _cpu() -> str:
     return "".join(lines)
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fastvae" / "kernels"
+def cache_folder() -> Path:
+    """Where compiled code is kept from one process to the next: $FASTVAE_CACHE_DIR, or `fastvae`
+    in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("FASTVAE_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvae"
 
 
 def _digest(content: bytes) -> str:
