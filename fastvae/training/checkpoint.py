@@ -108,7 +108,8 @@ def _training_tensors(trained: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def _restore(
     trained: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    names = {name: i for i, (name, _) in enumerate(trained.named_parameters())}
+    parameters = dict(trained.named_parameters())
+    names = {name: i for i, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -116,7 +117,10 @@ def _restore(
         if kind == "weight":
             weights[name] = tensor
         elif kind.startswith("optimizer."):
-            state.setdefault(names[name], {})[kind.removeprefix("optimizer.")] = tensor
+            if tensor.shape == parameters[name].shape:
+                # A fused optimizer reads it in the memory format of the parameter.
+                tensor = torch.empty_like(parameters[name], dtype=tensor.dtype).copy_(tensor)
+            state.setdefault(names[name], {})[kind.removeprefix("optimizer.")] = tensor.detach()
     trained.load_state_dict(weights)
     # load_state_dict puts each tensor on its parameter's device (and Adam's step where it belongs).
     optimizer.load_state_dict(

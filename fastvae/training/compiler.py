@@ -74,6 +74,14 @@ def gradients_in_one_graph(
     def gradients(position: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor]:
         with accelerator.autocast():
             loss, sums = module(position)
-        return torch.autograd.grad(loss, parameters, allow_unused=True), sums
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return tuple(map(_laid_out_as, found, parameters)), sums
 
     return torch.compile(gradients, fullgraph=True, dynamic=False)
+
+
+def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """In the memory format of the parameter, in which a fused optimizer reads them together."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

@@ -43,23 +43,21 @@ class Replay:
 
     def __call__(self, count: int) -> None:
         """Take `count` steps, 1 or what `size` said."""
-        if self.done < self.plain_steps or self.problem:
-            self.update()
+        if self.done >= self.plain_steps and not self.problem and count not in self.graphs:
+            self._capture(count)
+        if count in self.graphs:
+            self.graphs[count].replay()
+            self._choose()
         else:
-            if count not in self.graphs:
-                self._capture(count)
-            if self.problem:
+            for _ in range(count):
                 self.update()
-            else:
-                self.graphs[count].replay()
-                self._choose()
         self.done += count
 
     def _capture(self, count: int) -> None:
-        graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog looks at events from a thread of its own, which must not end a capture.
         mode = "thread_local" if self.distributed else "global"
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
                 graph, stream=torch.cuda.current_stream(), capture_error_mode=mode
             ):

@@ -96,6 +96,7 @@ class Updates:
 
     def _update(self) -> None:
         """One optimizer step over `batch_size` images, this process's in `parts`."""
+        self.optimizer.zero_grad(set_to_none=True)
         rate = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"].copy_(rate)
@@ -113,7 +114,6 @@ class Updates:
                 self.model.parameters(), self.config.optimizer.clip_norm
             )
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.model, self.step)
         self.step += 1

@@ -1,0 +1,288 @@
+"""Optimizer steps: the fast ways compute what the plain one does, and none waits for the host."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvae.build import build_model, build_objective
+from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
+from fastvae.data import DataConfig, ImageSet, load_data
+from fastvae.training import compiler, replay
+from fastvae.training.ema import EMA
+from fastvae.training.feed import Feed
+from fastvae.training.replay import Replay, steps_per_launch
+from fastvae.training.step import TrainingStep
+from fastvae.training.updates import Updates
+
+CPU = torch.device("cpu")
+BATCH = 24
+SMALL = ModelConfig(hidden=(16,), latent_dim=3)
+CONFIG = Config(model=SMALL, batch_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageSet:
+    train_set, _ = load_data(DataConfig(), seed=0)
+    return train_set
+
+
+def make(config: Config, digits: ImageSet, compiled: bool = False, done: int = 0) -> Updates:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_steps=config.gradient_accumulation_steps
+    )
+    torch.manual_seed(1)
+    model = build_model(config.model, digits, config.batch_size)
+    model.to(memory_format=torch.channels_last)
+    objective = build_objective(config.objective, len(digits))
+    feed = Feed(digits, 0, CPU, samples_ahead=64 * config.batch_size)
+    return Updates(
+        model,
+        TrainingStep(model, objective, 0),
+        feed,
+        torch.optim.Adam(model.parameters(), lr=config.optimizer.learning_rate, fused=True),
+        EMA(model, 0.99) if config.optimizer.ema_decay else None,
+        accelerator,
+        config,
+        total_steps=200,
+        done=done,
+        compiled=compiled,
+    )
+
+
+# ------------------------------------------------------------------------- nothing waits
+
+
+@dataclass
+class Recorded(TorchDispatchMode):
+    """Every operation with its arguments that are no tensors."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        numbers = [x for x in leaves if not isinstance(x, Tensor)]
+        shapes = [tuple(x.shape) for x in leaves if isinstance(x, Tensor)]
+        if not str(func).startswith("profiler."):
+            self.calls.append((str(func), *map(repr, numbers), *shapes))
+        return func(*args, **(kwargs or {}))
+
+
+HOST_READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal.default", "unique")
+
+STEPS = {
+    "plain": CONFIG,
+    "ema, clipped, cosine": replace(
+        CONFIG,
+        optimizer=OptimizerConfig(
+            ema_decay=0.99, clip_norm=1.0, schedule="cosine", lr_warmup_steps=5
+        ),
+    ),
+    "steps down, warm-up of the KL": replace(
+        CONFIG,
+        objective=ObjectiveConfig(kl_warmup_epochs=1.0),
+        optimizer=OptimizerConfig(schedule="step", lr_step_epochs=0.5),
+    ),
+    "importance-weighted": replace(
+        CONFIG, objective=ObjectiveConfig(objective="importance-weighted", num_samples=3)
+    ),
+    "optimal variance": replace(
+        CONFIG, model=replace(SMALL, likelihood="gaussian", variance="optimal")
+    ),
+    "conv, conditional": replace(
+        CONFIG, model=replace(SMALL, network="conv", widths=(4,), conditional=True)
+    ),
+    "accumulated": replace(CONFIG, gradient_accumulation_steps=2),
+    "vamp": replace(CONFIG, model=replace(SMALL, prior="vamp", prior_components=5)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_always_the_same_operations(name: str, digits: ImageSet) -> None:
+    """No result is read by the host, and no number that Python hands over changes, also across
+    the end of an epoch (67 steps). That is what a CUDA graph can replay."""
+    updates = make(STEPS[name], digits, done=55)
+    updates.advance(2)  # the first makes the optimizer's state
+    expected: list[tuple[Any, ...]] | None = None
+    for _ in range(100 if name == "plain" else 20):
+        # The order of the next epoch is put in place between steps.
+        first = updates.done * BATCH
+        updates.feed.prepare(first, first + BATCH)
+        with Recorded() as recorded:
+            updates._update()
+        updates.done += 1
+        waits = [call for call in recorded.calls if any(r in call[0] for r in HOST_READS)]
+        assert not waits
+        expected = expected or recorded.calls
+        assert recorded.calls == expected
+    assert len(expected or []) > 50
+
+
+def test_the_recorder_sees_what_it_is_for(digits: ImageSet) -> None:
+    with Recorded() as recorded:
+        torch.ones(()).item()
+    assert any(r in call[0] for call in recorded.calls for r in HOST_READS)
+
+
+# ----------------------------------------------------------------- the same by another way
+
+
+def weights(updates: Updates) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in updates.model.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+COMPILED = {name: STEPS[name] for name in ("plain", "conv, conditional", "optimal variance")}
+
+
+@pytest.mark.parametrize("one_graph", [True, False])
+@pytest.mark.parametrize("name", COMPILED)
+def test_200_compiled_steps_are_200_plain_steps(
+    name: str, one_graph: bool, digits: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward in one graph, or in one each."""
+    if one_graph and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip(f"PyTorch {torch.__version__} does not trace a backward pass")
+    if not one_graph:
+        monkeypatch.setattr("fastvae.training.updates.gradients_in_one_graph", lambda *_: None)
+    plain, compiled = make(COMPILED[name], digits), make(COMPILED[name], digits, compiled=True)
+    assert (compiled.gradients is not None) == one_graph
+    for steps in (1, 199):
+        plain.advance(steps)
+        compiled.advance(steps)
+        torch.testing.assert_close(compiled.sums, plain.sums, rtol=1e-4, atol=1e-4)
+        for a, b in zip(weights(compiled).values(), weights(plain).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=3e-3)
+        compiled.sums.zero_()
+        plain.sums.zero_()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_have_the_layout_of_their_weights(compiled: bool, digits: ImageSet) -> None:
+    """A fused optimizer goes through both in the order of memory."""
+    updates = make(STEPS["conv, conditional"], digits, compiled=compiled)
+    seen = []
+    step = updates.optimizer.step
+
+    def look() -> None:
+        for p in updates.model.parameters():
+            assert p.grad is not None and p.grad.stride() == p.stride()
+            seen.append(p.dim())
+        step()
+
+    updates.optimizer.step = look  # type: ignore[method-assign, assignment]
+    updates.advance(2)
+    assert seen.count(4) > 0
+
+
+# --------------------------------------------------------------------------------- replays
+
+
+class Graph:
+    """Stands in for a CUDA graph: remembers the updates of its capture, and calls them."""
+
+    updates: list[Any]
+
+    def replay(self) -> None:
+        for update in self.updates:
+            update()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+
+def replayed(steps: int | None, monkeypatch: pytest.MonkeyPatch) -> tuple[Replay, list[str]]:
+    done: list[str] = []
+
+    def update() -> None:
+        done.append("plain")
+
+    class Processes:
+        num_processes = 1
+
+    found = Replay(update, Processes(), steps)  # type: ignore[arg-type]
+
+    def capture(count: int) -> None:
+        graph = Graph()
+        graph.updates = [lambda: done.append(f"of {count}")] * count
+        found.graphs[count] = graph  # type: ignore[assignment]
+
+    monkeypatch.setattr(found, "_capture", capture)
+    return found, done
+
+
+def advance(found: Replay, steps: int) -> None:
+    while steps:
+        count = found.size(steps)
+        assert 1 <= count <= steps
+        found(count)
+        steps -= count
+
+
+def test_every_step_is_taken_once(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, done = replayed(8, monkeypatch)
+    for steps in (1, 50, 7, 16, 3):
+        before = len(done)
+        advance(found, steps)
+        assert len(done) == before + steps
+    assert done[: replay.PLAIN_STEPS] == ["plain"] * replay.PLAIN_STEPS
+    assert "plain" not in done[replay.PLAIN_STEPS :]
+    assert set(done) == {"plain", "of 1", "of 8"}
+
+
+def test_a_number_is_found_by_measuring(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, done = replayed(None, monkeypatch)
+    advance(found, 200)
+    assert found.steps_per_launch == replay.MOST_STEPS_PER_LAUNCH  # a stand-in takes no time
+    assert len(done) == 200 and "of 64" in done
+
+
+def test_a_failed_capture_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU cannot capture: the steps are taken all the same."""
+    done = []
+
+    class Processes:
+        num_processes = 1
+
+    found = Replay(lambda: done.append(1), Processes(), 8)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", broken)
+    advance(found, 100)
+    assert len(done) == 100
+    assert found.problem == "operation not permitted when stream is capturing"
+
+
+def test_steps_per_launch() -> None:
+    assert steps_per_launch(1.0) == 1
+    assert steps_per_launch(1e-4) == 16  # 1.6 ms
+    assert steps_per_launch(1e-9) == 64
+
+
+def test_one_graph_is_asked_of_the_compiler_only_where_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch._dynamo, "config", object())
+    assert compiler.gradients_in_one_graph(torch.nn.Identity(), [], None) is None  # type: ignore[arg-type]
