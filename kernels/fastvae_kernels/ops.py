@@ -275,8 +275,8 @@ bernoulli_nll.register_autograd(_bernoulli_nll_grad, setup_context=_bernoulli_nl
 # The same where the gradient that will meet each row is foretold: the forward pass writes the
 # gradient of the logits too, and the backward pass only looks whether the foretelling came true,
 # writing those rows anew where it did not. The gradient is handed out once, by the first backward
-# pass, which owns it then: nothing else ever sees it change. A second one, or one that is to be
-# differentiated itself, takes the plain way.
+# pass, which owns it then: nothing else ever sees it change. A second one, one that is to be
+# differentiated itself, and a compiled one take the plain way.
 
 
 @torch.library.custom_op("fastvae::bernoulli_nll_and_grad", mutates_args=())
@@ -335,7 +335,7 @@ def _bernoulli_nll_and_grad_grad(
     if grad_nll is None:
         return None, None, None, None
     logits, target, indices = ctx.saved_tensors
-    if kept := _hand_out(ctx):
+    if kept := _hand_out(ctx, grad_nll):
         (grad_logits,) = kept
         bernoulli_nll_update(grad_logits, logits, target, grad_nll, ctx.row_weight, indices)
     else:
@@ -356,9 +356,10 @@ def _keep(ctx: Any, *grads: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _hand_out(ctx: Any) -> tuple[Tensor, ...]:
-    """What was kept, once; nothing to a backward pass that is itself recorded."""
-    if torch.is_grad_enabled():
+def _hand_out(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, ...]:
+    """What was kept, once; nothing to a backward pass that is itself recorded, or traced by a
+    compiler, whose tensors are of another class: in its graph nothing is ever written to."""
+    if torch.is_grad_enabled() or type(grad_nll) is not Tensor:
         return ()
     grads, ctx.grads = ctx.grads, ()
     return grads
@@ -498,7 +499,7 @@ def _gaussian_nll_and_grads_grad(
     if grad_nll is None:
         return None, None, None, None, None
     mean, target, logvar, indices, nll = ctx.saved_tensors
-    if kept := _hand_out(ctx):
+    if kept := _hand_out(ctx, grad_nll):
         grad_mean, grad_logvar = kept
         gaussian_nll_update(*kept, mean, target, logvar, grad_nll, ctx.row_weight, indices)
     else:

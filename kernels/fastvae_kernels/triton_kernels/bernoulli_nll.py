@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae_kernels.triton_kernels.device_math import is_new, softplus_and_sigmoid
-from fastvae_kernels.triton_kernels.device_memory import target_rows
+from fastvae_kernels.triton_kernels.device_memory import any_is_new, target_rows
 from fastvae_kernels.triton_kernels.launch import (
     OPTIONS,
     Tiling,
@@ -148,10 +148,7 @@ def update_kernel(
     """Writes grad_logits anew in the rows whose grad_nll is not row_weight, for which the forward
     kernel wrote it. Program (i, s): rows iROWS … iROWS+ROWS−1, split s; most return at once."""
     begin = tl.program_id(0) * ROWS
-    row = begin + tl.arange(0, ROWS).to(tl.int64)
-    grad_nll = tl.load(grad_nll_B + row * grad_nll_stride_b, mask=row < B, other=0.0)
-    changed = is_new(grad_nll, row_weight) & (row < B)
-    if tl.max(changed.to(tl.int32), axis=0) > 0:
+    if any_is_new(grad_nll_B, grad_nll_stride_b, row_weight, begin, B, ROWS):
         first = tl.program_id(1) * columns_per_split
         for r in range(begin, min(begin + ROWS, B), BLOCK_R):
             row = r + tl.arange(0, BLOCK_R).to(tl.int64)
