@@ -159,7 +159,7 @@ def bernoulli_nll(
     if not _use_triton(impl, logits):
         return reference.bernoulli_nll(logits, target, indices)
     if row_weight is not None and _is_worth_foretelling(logits):
-        return ops.bernoulli_nll_and_grad(logits, target, row_weight, indices)[0]
+        return ops.BernoulliNLLForetold.apply(logits, target, indices, row_weight)
     return ops.bernoulli_nll(logits, target, indices)
 
 
@@ -207,7 +207,7 @@ def gaussian_nll(
     if not _use_triton(impl, mean, logvar):
         return reference.gaussian_nll(mean, target, logvar, indices)
     if row_weight is not None and _is_worth_foretelling(mean, logvar):
-        return ops.gaussian_nll_and_grads(mean, target, logvar, row_weight, indices)[0]
+        return ops.GaussianNLLForetold.apply(mean, target, logvar, indices, row_weight)
     return ops.gaussian_nll(mean, target, logvar, indices)
 
 
@@ -310,7 +310,7 @@ def _check_matches(name: str, x: Tensor, other_name: str, other: Tensor) -> None
 
 def _is_worth_foretelling(*tensors: Tensor) -> bool:
     """Whether a backward pass is to come that can take over what the forward pass wrote. Compiled
-    ones cannot: a buffer kept for them is an input of their graph, which Inductor copies before it
+    ones cannot: what is kept for them is an input of their graph, which Inductor copies before it
     lets an operator write to it, and the copy moves as many bytes as the plain backward pass."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return wanted and not torch.compiler.is_compiling()

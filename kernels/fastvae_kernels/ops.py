@@ -274,9 +274,8 @@ bernoulli_nll.register_autograd(_bernoulli_nll_grad, setup_context=_bernoulli_nl
 
 # The same where the gradient that will meet each row is foretold: the forward pass writes the
 # gradient of the logits too, and the backward pass only looks whether the foretelling came true,
-# writing those rows anew where it did not. The gradient is handed out once, by the first backward
-# pass, which owns it then: nothing else ever sees it change. A second one, one that is to be
-# differentiated itself, and a compiled one take the plain way.
+# writing those rows anew where it did not. Outside of the operators, since an operator would have
+# to show the gradient to its caller, who would see it change.
 
 
 @torch.library.custom_op("fastvae::bernoulli_nll_and_grad", mutates_args=())
@@ -321,44 +320,33 @@ def bernoulli_nll_update(
         grad_logits.copy_(reference.bernoulli_nll_backward(logits, target, grad_nll, indices))
 
 
-def _bernoulli_nll_and_grad_setup(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
-) -> None:
-    logits, target, ctx.row_weight, indices = inputs
-    ctx.save_for_backward(logits, target, indices)
-    _keep(ctx, output[1])
+class BernoulliNLLForetold(torch.autograd.Function):
+    """`apply(logits, target, indices, row_weight)` is nll `[B]`."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, indices: Tensor | None, row_weight: float
+    ) -> Tensor:
+        nll, grad_logits = bernoulli_nll_and_grad(logits, target, row_weight, indices)
+        ctx.save_for_backward(logits, target, indices)
+        ctx.row_weight, ctx.grads = row_weight, (grad_logits,)
+        return nll
 
-def _bernoulli_nll_and_grad_grad(
-    ctx: Any, grad_nll: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    if grad_nll is None:
-        return None, None, None, None
-    logits, target, indices = ctx.saved_tensors
-    if kept := _hand_out(ctx, grad_nll):
-        (grad_logits,) = kept
-        bernoulli_nll_update(grad_logits, logits, target, grad_nll, ctx.row_weight, indices)
-    else:
-        grad_logits = bernoulli_nll_backward(logits, target, grad_nll, indices)
-    return grad_logits, None, None, None
-
-
-bernoulli_nll_and_grad.register_autograd(
-    _bernoulli_nll_and_grad_grad, setup_context=_bernoulli_nll_and_grad_setup
-)
-
-
-def _keep(ctx: Any, *grads: Tensor) -> None:
-    """Until the first backward pass. Not among the saved tensors, which nobody may change."""
-    ctx.grads = grads
-    ctx.mark_non_differentiable(*grads)
-    # No zeros are made for the gradients that the gradients do not have.
-    ctx.set_materialize_grads(False)
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, indices = ctx.saved_tensors
+        if kept := _hand_out(ctx, grad_nll):
+            (grad_logits,) = kept
+            bernoulli_nll_update(grad_logits, logits, target, grad_nll, ctx.row_weight, indices)
+        else:
+            grad_logits = bernoulli_nll_backward(logits, target, grad_nll, indices)
+        return grad_logits, None, None, None
 
 
 def _hand_out(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, ...]:
-    """What was kept, once; nothing to a backward pass that is itself recorded, or traced by a
-    compiler, whose tensors are of another class: in its graph nothing is ever written to."""
+    """What the forward pass wrote, to the first backward pass, which owns it then: nothing else
+    ever sees it change. Nothing to a second one, to one that is to be differentiated itself, or to
+    one that a compiler traces, whose tensors are of another class: they take the plain way."""
     if torch.is_grad_enabled() or type(grad_nll) is not Tensor:
         return ()
     grads, ctx.grads = ctx.grads, ()
@@ -421,7 +409,7 @@ def _gaussian_nll_grad(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
     mean, target, logvar, indices, nll = ctx.saved_tensors
     grad_mean, grad_logvar = gaussian_nll_backward(mean, target, logvar, grad_nll, indices)
     if logvar.dim() == 0:
-        return grad_mean, None, _one_variance_gradient(ctx, mean, logvar, nll, grad_nll), None
+        grad_logvar = _one_variance_gradient(ctx, mean, logvar, nll, grad_nll)
     return grad_mean, None, grad_logvar, None
 
 
@@ -484,34 +472,33 @@ def gaussian_nll_update(
         per_pixel.copy_(new_logvar)
 
 
-def _gaussian_nll_and_grads_setup(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    mean, target, logvar, ctx.row_weight, indices = inputs
-    nll, *grads = output
-    ctx.save_for_backward(mean, target, logvar, indices, nll)
-    _keep(ctx, *grads)
+class GaussianNLLForetold(torch.autograd.Function):
+    """`apply(mean, target, logvar, indices, row_weight)` is nll `[B]`."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean: Tensor,
+        target: Tensor,
+        logvar: Tensor,
+        indices: Tensor | None,
+        row_weight: float,
+    ) -> Tensor:
+        nll, *grads = gaussian_nll_and_grads(mean, target, logvar, row_weight, indices)
+        ctx.save_for_backward(mean, target, logvar, indices, nll)
+        ctx.row_weight, ctx.grads = row_weight, tuple(grads)
+        return nll
 
-def _gaussian_nll_and_grads_grad(
-    ctx: Any, grad_nll: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    if grad_nll is None:
-        return None, None, None, None, None
-    mean, target, logvar, indices, nll = ctx.saved_tensors
-    if kept := _hand_out(ctx, grad_nll):
-        grad_mean, grad_logvar = kept
-        gaussian_nll_update(*kept, mean, target, logvar, grad_nll, ctx.row_weight, indices)
-    else:
-        grad_mean, grad_logvar = gaussian_nll_backward(mean, target, logvar, grad_nll, indices)
-    if logvar.dim() == 0:
-        return grad_mean, None, _one_variance_gradient(ctx, mean, logvar, nll, grad_nll), None, None
-    return grad_mean, None, grad_logvar, None, None
-
-
-gaussian_nll_and_grads.register_autograd(
-    _gaussian_nll_and_grads_grad, setup_context=_gaussian_nll_and_grads_setup
-)
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        mean, target, logvar, indices, nll = ctx.saved_tensors
+        if grads := _hand_out(ctx, grad_nll):
+            gaussian_nll_update(*grads, mean, target, logvar, grad_nll, ctx.row_weight, indices)
+        else:
+            grads = gaussian_nll_backward(mean, target, logvar, grad_nll, indices)
+        if logvar.dim() > 0:
+            return grads[0], None, grads[1], None, None
+        return grads[0], None, _one_variance_gradient(ctx, mean, logvar, nll, grad_nll), None, None
 
 
 def _reference_gradients(
