@@ -159,7 +159,7 @@ def bernoulli_nll(
     if not _use_triton(impl, logits):
         return reference.bernoulli_nll(logits, target, indices)
     if row_weight is not None and _is_worth_foretelling(logits):
-        return ops.BernoulliNLLForetold.apply(logits, target, indices, row_weight)
+        return ops.BernoulliNLLForetold.apply(logits, target, indices, float(row_weight))
     return ops.bernoulli_nll(logits, target, indices)
 
 
@@ -207,7 +207,7 @@ def gaussian_nll(
     if not _use_triton(impl, mean, logvar):
         return reference.gaussian_nll(mean, target, logvar, indices)
     if row_weight is not None and _is_worth_foretelling(mean, logvar):
-        return ops.GaussianNLLForetold.apply(mean, target, logvar, indices, row_weight)
+        return ops.GaussianNLLForetold.apply(mean, target, logvar, indices, float(row_weight))
     return ops.gaussian_nll(mean, target, logvar, indices)
 
 

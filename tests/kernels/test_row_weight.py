@@ -251,6 +251,39 @@ def test_no_gradient_is_written_where_none_can_be_wanted(device, monkeypatch):
     assert called[3:] == ["bernoulli_nll_and_grad", "gaussian_nll_and_grads"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_a_cuda_graph_decides_anew_at_each_replay(likelihood):
+    """What the rows meet is read on the device: recorded where all is as foretold, and replayed
+    where nothing is. The host waits for nothing."""
+    function, wanted = problem(likelihood, Draw("cuda"), (9, 130))
+    grad_nll = torch.full((9,), 0.25, device="cuda")
+
+    def run(row_weight):
+        return torch.autograd.grad(function(row_weight=row_weight), wanted, grad_nll)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(0.25)  # the first call compiles
+        run(None)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(0.25)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(0.25)
+    for value in (0.25, 2.0, 0.0, float("nan"), 0.25):
+        grad_nll.fill_(value)
+        graph.replay()
+        same(got, run(None))
+
+
 @pytest.mark.parametrize(
     ("row_weight", "exception", "message"),
     [

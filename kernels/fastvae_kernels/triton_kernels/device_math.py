@@ -59,8 +59,8 @@ def log1p_of_fraction(e):
     """log(1 + e) for e in [0, 1], as e − e²·(a polynomial of degree 8 around ½).
 
     With all rounding within 6.6e-8 of the truth, which is as near as the logarithm of a rounded
-    1 + e can come, and within 9.6e-8 of its size, where that loses a small e altogether; and in a
-    third of the instructions of Triton's logarithm, which expects any float.
+    1 + e can come, and within 9.6e-8 of its size, where that loses a small e altogether; and in
+    half the instructions of Triton's logarithm, which expects any float.
     """
     t = e - 0.5
     p = 0.010177705436944962 + t * (-0.006930693518370390 + t * 0.003318469738587737)
