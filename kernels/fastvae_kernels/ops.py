@@ -377,17 +377,23 @@ def gaussian_nll_backward(
     mean: Tensor,
     target: Tensor,
     logvar: Tensor,
+    nll: Tensor,
     grad_nll: Tensor,
     indices: Tensor | None = None,
+    is_learned: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """grad_mean and grad_logvar, which is empty for one variance: its gradient comes from nll."""
+    """grad_mean and grad_logvar, which is empty for one variance that is not learned."""
     if launches_triton(mean):
         from fastvae_kernels.triton_kernels.gaussian_nll import backward
 
         grad_mean, grad_logvar = backward(mean, target, logvar, grad_nll, indices)
     else:
         grad_mean, grad_logvar = _reference_gradients(mean, target, logvar, grad_nll, indices)
-    return grad_mean, _like_variances(logvar) if grad_logvar is None else grad_logvar
+    if grad_logvar is not None:
+        return grad_mean, grad_logvar
+    if is_learned:
+        return grad_mean, _one_variance_gradient(mean, logvar, nll, grad_nll)
+    return grad_mean, _like_variances(logvar)
 
 
 @gaussian_nll_backward.register_fake
@@ -395,10 +401,12 @@ def _(
     mean: Tensor,
     target: Tensor,
     logvar: Tensor,
+    nll: Tensor,
     grad_nll: Tensor,
     indices: Tensor | None = None,
+    is_learned: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return _like(mean), _like_variances(logvar)
+    return _like(mean), _like(logvar) if is_learned else _like_variances(logvar)
 
 
 def _gaussian_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -407,10 +415,11 @@ def _gaussian_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _gaussian_nll_grad(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
     mean, target, logvar, indices, nll = ctx.saved_tensors
-    grad_mean, grad_logvar = gaussian_nll_backward(mean, target, logvar, grad_nll, indices)
-    if logvar.dim() == 0:
-        grad_logvar = _one_variance_gradient(ctx, mean, logvar, nll, grad_nll)
-    return grad_mean, None, grad_logvar, None
+    is_learned = ctx.needs_input_grad[2]
+    grad_mean, grad_logvar = gaussian_nll_backward(
+        mean, target, logvar, nll, grad_nll, indices, is_learned
+    )
+    return grad_mean, None, grad_logvar if is_learned else None, None
 
 
 gaussian_nll.register_autograd(_gaussian_nll_grad, setup_context=_gaussian_nll_setup)
@@ -424,7 +433,8 @@ def gaussian_nll_and_grads(
     row_weight: float,
     indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """nll `[B]`, and the gradients of row_weight · Σ nll as `gaussian_nll_backward` has them."""
+    """nll `[B]`, and the gradients of row_weight · Σ nll for mean and logvar; the latter is empty
+    for one variance, whose gradient comes from nll."""
     if launches_triton(mean):
         from fastvae_kernels.triton_kernels.gaussian_nll import forward
 
@@ -492,13 +502,17 @@ class GaussianNLLForetold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         mean, target, logvar, indices, nll = ctx.saved_tensors
+        is_learned = ctx.needs_input_grad[2]
         if grads := _hand_out(ctx, grad_nll):
             gaussian_nll_update(*grads, mean, target, logvar, grad_nll, ctx.row_weight, indices)
+            grad_mean, grad_logvar = grads
+            if logvar.dim() == 0 and is_learned:
+                grad_logvar = _one_variance_gradient(mean, logvar, nll, grad_nll)
         else:
-            grads = gaussian_nll_backward(mean, target, logvar, grad_nll, indices)
-        if logvar.dim() > 0:
-            return grads[0], None, grads[1], None, None
-        return grads[0], None, _one_variance_gradient(ctx, mean, logvar, nll, grad_nll), None, None
+            grad_mean, grad_logvar = gaussian_nll_backward(
+                mean, target, logvar, nll, grad_nll, indices, is_learned
+            )
+        return grad_mean, None, grad_logvar if is_learned else None, None, None
 
 
 def _reference_gradients(
@@ -510,16 +524,11 @@ def _reference_gradients(
 
 
 def _like_variances(logvar: Tensor) -> Tensor:
-    """Room for the gradient of the variances of pixels; none for that of one variance."""
+    """Memory for the gradient of the variances of pixels; none for one variance."""
     return _like(logvar) if logvar.dim() > 0 else logvar.new_empty(0)
 
 
-def _one_variance_gradient(
-    ctx: Any, mean: Tensor, logvar: Tensor, nll: Tensor, grad_nll: Tensor
-) -> Tensor | None:
-    """Summed only where it is wanted: a fixed variance has none."""
-    if not ctx.needs_input_grad[2]:
-        return None
+def _one_variance_gradient(mean: Tensor, logvar: Tensor, nll: Tensor, grad_nll: Tensor) -> Tensor:
     return reference.one_variance_gradient(logvar, math.prod(mean.shape[1:]), nll, grad_nll)
 
 

@@ -380,10 +380,19 @@ def opcheck_cases():
             lambda d: (both(d)[0].detach(), byte(d), leaf(Draw(d)(()))),
         ],
         "gaussian_nll_backward": [
-            lambda d: (both(d)[0].detach(), byte(d), both(d)[1].detach(), ones(d)),
-            lambda d: (both(d, image, bf16)[0].detach(), byte(d, image), Draw(d)(()), ones(d, 2)),
-            lambda d: (strided(d)[0].detach(), byte(d), strided(d)[1].detach(), ones(d)),
-            lambda d: (*_detached(both(d))[:1], byte(d, (7, 5)), Draw(d)(()), ones(d), rows(d, 3)),
+            lambda d: (both(d)[0].detach(), byte(d), both(d)[1].detach(), ones(d), ones(d)),
+            lambda d: (
+                both(d, image, bf16)[0].detach(),
+                byte(d, image),
+                Draw(d)(()),
+                ones(d, 2),
+                ones(d, 2),
+            ),
+            lambda d: (strided(d)[0].detach(), byte(d), strided(d)[1].detach(), ones(d), ones(d)),
+            lambda d: (
+                *(both(d)[0].detach(), byte(d, (7, 5)), Draw(d)(())),
+                *(ones(d), ones(d), rows(d, 3), False),
+            ),
         ],
     }
 
