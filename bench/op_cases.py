@@ -35,6 +35,15 @@ class Bytes:
         return rows * (columns * (self.items * dtype.itemsize + self.single) + self.row)
 
 
+# Rows × columns on a GPU, what tells most first: a run that is short of time leaves out the last.
+LATENTS = (
+    *((2**14, 256), (2**18, 256), (2**10, 16), (2**14, 4096), (2**18, 16), (2**10, 256)),
+    *((2**18, 1024), (2**14, 16), (2**10, 4096)),
+)
+PIXELS = ((2**16, 784), (2**10, 784), (2**14, 4096))
+ONCE = ((2**16, 1024),)
+
+
 @dataclass(frozen=True)
 class Op:
     """One operator. `make` gives fresh inputs; those that want a gradient are differentiated."""
@@ -50,6 +59,10 @@ class Op:
     samples: int = 1
     """So many tensors like an input are drawn."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    sizes: tuple[tuple[int, int], ...] = ONCE
+    """At which it is timed on a GPU."""
+    mean: bool = False
+    """Its rows are averaged, so that the gradient that meets each is 1/B, as in training."""
 
 
 # ------------------------------------------------------------------------------------- inputs
@@ -72,6 +85,11 @@ def _latents_and_prior(
     """A prior of its own for each row, as one that knows the label has."""
     prior = (_values(rows, columns, dtype, device) for _ in range(2))
     return *_latents(rows, columns, dtype, device), *prior
+
+
+def _packed_latents(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """As one head of an encoder gives them: mu and logvar side by side."""
+    return _values(rows, 2 * columns, dtype, device), *_latents(1, 1, dtype, device)[2:]
 
 
 def _with_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
@@ -106,6 +124,17 @@ def _fastvae_reparameterize_kl(
     mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor, impl: Impl = "auto"
 ) -> Tensors:
     return kernels.reparameterize_kl(mu, logvar, seed, offset=offset, impl=impl)
+
+
+def _fastvae_packed(
+    statistics: Tensor, seed: Tensor, offset: Tensor, impl: Impl = "auto"
+) -> Tensors:
+    return kernels.reparameterize_kl_packed(statistics, seed, offset=offset, impl=impl)
+
+
+def _pytorch_packed(statistics: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
+    mu, logvar = statistics.chunk(2, dim=1)
+    return _pytorch_reparameterize_kl(mu, logvar, seed, offset)
 
 
 def _pytorch_reparameterize_kl(mu: Tensor, logvar: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
@@ -164,6 +193,10 @@ def _fastvae_bernoulli_nll(logits: Tensor, target: Tensor, impl: Impl = "auto") 
     return (kernels.bernoulli_nll(logits, target, impl=impl),)
 
 
+def _foretold_bernoulli_nll(logits: Tensor, target: Tensor, impl: Impl = "auto") -> Tensors:
+    return (kernels.bernoulli_nll(logits, target, row_weight=1 / len(logits), impl=impl),)
+
+
 def _pytorch_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensors:
     x = _unit_interval(target)
     return (F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none").sum(1),)
@@ -173,6 +206,13 @@ def _fastvae_gaussian_nll(
     mean: Tensor, target: Tensor, logvar: Tensor, impl: Impl = "auto"
 ) -> Tensors:
     return (kernels.gaussian_nll(mean, target, logvar, impl=impl),)
+
+
+def _foretold_gaussian_nll(
+    mean: Tensor, target: Tensor, logvar: Tensor, impl: Impl = "auto"
+) -> Tensors:
+    row_weight = 1 / len(mean)
+    return (kernels.gaussian_nll(mean, target, logvar, row_weight=row_weight, impl=impl),)
 
 
 def _pytorch_gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensors:
@@ -213,6 +253,17 @@ OPS = (
         forward=Bytes(items=3),  # mu, logvar → z, kl
         backward=Bytes(items=5),  # mu, logvar, grad_z, grad_kl → grad_mu, grad_logvar
         is_random=True,
+        sizes=LATENTS,
+    ),
+    Op(
+        "reparameterize_kl_packed",
+        _packed_latents,
+        _fastvae_packed,
+        _pytorch_packed,
+        forward=Bytes(items=3),  # the same, two of them in one tensor
+        backward=Bytes(items=5),
+        is_random=True,
+        sizes=LATENTS,
     ),
     Op(
         f"reparameterize_kl, {SAMPLES} samples",
@@ -240,6 +291,17 @@ OPS = (
         _pytorch_bernoulli_nll,
         forward=Bytes(items=1, single=1),  # logits, target → nll
         backward=Bytes(items=2, single=1),  # logits, target, grad_nll → grad_logits
+        sizes=PIXELS,
+    ),
+    Op(
+        "bernoulli_nll, row_weight",
+        _with_bytes,
+        _foretold_bernoulli_nll,
+        _pytorch_bernoulli_nll,
+        forward=Bytes(items=2, single=1),  # logits, target → nll, grad_logits
+        backward=Bytes(items=0),  # grad_nll
+        sizes=PIXELS,
+        mean=True,
     ),
     Op(
         "bernoulli_nll, floating target",
@@ -256,6 +318,17 @@ OPS = (
         _pytorch_gaussian_nll,
         forward=Bytes(items=1, single=1),  # mean, target → nll
         backward=Bytes(items=2, single=1, row=8),  # and nll, grad_nll → grad_mean
+        sizes=PIXELS,
+    ),
+    Op(
+        "gaussian_nll, row_weight",
+        _one_variance,
+        _foretold_gaussian_nll,
+        _pytorch_gaussian_nll,
+        forward=Bytes(items=2, single=1),  # mean, target → nll, grad_mean
+        backward=Bytes(items=0, row=8),  # nll, grad_nll
+        sizes=PIXELS,
+        mean=True,
     ),
     Op(
         "gaussian_nll, variance of each",
@@ -331,7 +404,8 @@ def check_agreement(case: Case, computes: dict[str, Compute], inputs: Tensors) -
         kept = outputs[1:] if case.op.is_random else outputs
         found[name] = [y.detach() for y in kept]
         if kept and case.op.backward:
-            grads = torch.autograd.grad([y.sum() for y in kept], leaves(inputs))
+            totals = [y.mean() if case.op.mean else y.sum() for y in kept]
+            grads = torch.autograd.grad(totals, leaves(inputs))
             found[name] += [g.detach() for g in grads]
     for name, values in found.items():
         for got, wanted in zip(values, found["pytorch"], strict=True):

@@ -92,7 +92,7 @@ class Bernoulli(nn.Module):
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """Σ softplus(logit) − logit·x, `[B]` nats."""
-        return bernoulli_nll(parameters, x, impl=impl)
+        return bernoulli_nll(parameters, x, row_weight=_mean_weight(parameters), impl=impl)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """The probability of a white pixel."""
@@ -139,7 +139,9 @@ class Gaussian(nn.Module):
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
-        return gaussian_nll(parameters, x, self.logvar, impl=impl)
+        return gaussian_nll(
+            parameters, x, self.logvar, row_weight=_mean_weight(parameters), impl=impl
+        )
 
     def mean(self, parameters: Tensor) -> Tensor:
         """The decoder's output itself; not clipped to [0, 1]."""
@@ -181,7 +183,7 @@ class GaussianPerPixel(nn.Module):
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
         mean, logvar = self._mean_and_logvar(parameters)
-        return gaussian_nll(mean, x, logvar, impl=impl)
+        return gaussian_nll(mean, x, logvar, row_weight=_mean_weight(mean), impl=impl)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """The decoder's means; not clipped to [0, 1]."""
@@ -228,14 +230,18 @@ class GaussianOptimal(nn.Module):
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
         if not self.training:
-            return gaussian_nll(parameters, x, self.logvar, impl=impl)
+            return gaussian_nll(
+            parameters, x, self.logvar, row_weight=_mean_weight(parameters), impl=impl
+        )
         error = mean_over_ranks((parameters.detach().float() - pixels(x)).square().mean())
         # Images that are met exactly would make σ² 0: half a pixel's step is as fine as they are.
         logvar = error.clamp(min=(0.5 / 255) ** 2).log()
         with torch.no_grad():
             self.steps += 1
             self.logvar.lerp_(logvar, torch.clamp(1.0 / self.steps, min=0.01))
-        return gaussian_nll(parameters, x, logvar, impl=impl)
+        return gaussian_nll(
+            parameters, x, logvar, row_weight=_mean_weight(parameters), impl=impl
+        )
 
     def mean(self, parameters: Tensor) -> Tensor:
         """The decoder's output itself; not clipped to [0, 1]."""
@@ -396,3 +402,9 @@ def binarize(x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
     if x.dtype == torch.uint8:
         return (draws * 255.0 < x.float()).float()
     return (draws < pixels(x)).float()
+
+
+def _mean_weight(parameters: Tensor) -> float:
+    """The gradient that each row's nll meets where their mean is the loss. Other objectives get the
+    right gradient too, later."""
+    return 1.0 / len(parameters)

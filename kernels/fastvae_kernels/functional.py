@@ -115,10 +115,18 @@ def reparameterize_kl_packed(
     place = _int64_scalar("seed", seed, device), _int64_scalar("offset", offset, device)
     if _use_triton(impl, statistics):
         return ops.reparameterize_kl_packed(statistics, *place, num_samples)
-    return reference.reparameterize_kl(*statistics.chunk(2, dim=1), *place, num_samples)
+    mu, logvar = statistics.chunk(2, dim=1)
+    return reference.reparameterize_kl(mu, logvar, *place, num_samples)
 
 
-def bernoulli_nll(logits: Tensor, target: Tensor, *, impl: Impl = "auto") -> Tensor:
+def bernoulli_nll(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    indices: Tensor | None = None,
+    row_weight: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
     """−log p(target) under independent Bernoulli pixels with the given logits.
 
     A density for targets in {0, 1}; for values in between it is a cross-entropy and no likelihood.
@@ -127,23 +135,42 @@ def bernoulli_nll(logits: Tensor, target: Tensor, *, impl: Impl = "auto") -> Ten
         logits: `[B, …]`, any strides; float32, bfloat16 or float16 (float64 with the reference).
         target: the same shape and device; uint8 (read as target / 255), bool, or floating in
             [0, 1], which is not checked, since looking would stop a GPU. No gradient flows to it.
+        indices: int64 `[B]`: `target` is then a data set `[N, …]`, of which row b meets number
+            indices[b], read where it lies. An index outside of it raises IndexError on a CPU and
+            makes nll and gradient of its row NaN on a GPU.
+        row_weight: the gradient that each row's nll is going to meet in the backward pass, 1/B
+            where the loss is a plain mean. A speed-up and no more: the kernel then writes the
+            gradient while it has the inputs, and the backward pass looks at B numbers. Rows that
+            meet another gradient are computed anew, so that a wrong row_weight costs time, but no
+            gradient is ever wrong. Without effect under torch.compile (which would copy what is
+            kept for the backward pass) and in the reference.
         impl: "auto", "triton" or "torch".
 
     Returns:
         nll: `[B]` float32, nats, summed over all but the batch; finite for any finite logits.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or an `impl` that do not fit.
+        ValueError, TypeError: for shapes, dtypes, devices, a `row_weight` or an `impl` that do
+            not fit.
     """
     _check_floating("logits", logits)
-    _check_target(target, "logits", logits)
-    if _use_triton(impl, logits):
-        return ops.bernoulli_nll(logits, target)
-    return reference.bernoulli_nll(logits, target)
+    _check_target(target, "logits", logits, indices)
+    _check_row_weight(row_weight)
+    if not _use_triton(impl, logits):
+        return reference.bernoulli_nll(logits, target, indices)
+    if row_weight is not None and _is_worth_foretelling(logits):
+        return ops.BernoulliNLLForetold.apply(logits, target, indices, float(row_weight))
+    return ops.bernoulli_nll(logits, target, indices)
 
 
 def gaussian_nll(
-    mean: Tensor, target: Tensor, logvar: float | Tensor, *, impl: Impl = "auto"
+    mean: Tensor,
+    target: Tensor,
+    logvar: float | Tensor,
+    *,
+    indices: Tensor | None = None,
+    row_weight: float | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """−log N(target; mean, exp(logvar)), the full density with its constant ½ log 2π.
 
@@ -153,16 +180,20 @@ def gaussian_nll(
             gradient flows to it.
         logvar: log σ²: a float, a 0-d tensor (one variance, which may be learned), or a tensor
             like `mean`.
+        indices, row_weight: as in `bernoulli_nll`; the gradient of a `logvar` like `mean` is
+            written with that of `mean`.
         impl: "auto", "triton" or "torch".
 
     Returns:
         nll: `[B]` float32, nats, summed over all but the batch.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or an `impl` that do not fit.
+        ValueError, TypeError: for shapes, dtypes, devices, a `row_weight` or an `impl` that do
+            not fit.
     """
     _check_floating("mean", mean)
-    _check_target(target, "mean", mean)
+    _check_target(target, "mean", mean, indices)
+    _check_row_weight(row_weight)
     if isinstance(logvar, Tensor):
         _check_floating("logvar", logvar)
         if logvar.dim() > 0:
@@ -173,9 +204,11 @@ def gaussian_nll(
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
         logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
     mean, logvar = _distinct(mean, logvar)
-    if _use_triton(impl, mean, logvar):
-        return ops.gaussian_nll(mean, target, logvar)
-    return reference.gaussian_nll(mean, target, logvar)
+    if not _use_triton(impl, mean, logvar):
+        return reference.gaussian_nll(mean, target, logvar, indices)
+    if row_weight is not None and _is_worth_foretelling(mean, logvar):
+        return ops.GaussianNLLForetold.apply(mean, target, logvar, indices, float(row_weight))
+    return ops.gaussian_nll(mean, target, logvar, indices)
 
 
 def normal(
@@ -275,14 +308,60 @@ def _check_matches(name: str, x: Tensor, other_name: str, other: Tensor) -> None
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
 
 
-def _check_target(target: Tensor, other_name: str, other: Tensor) -> None:
+def _is_worth_foretelling(*tensors: Tensor) -> bool:
+    """Whether a backward pass is to come that can take over what the forward pass wrote. Compiled
+    ones cannot: what is kept for them is an input of their graph, which Inductor copies before it
+    lets an operator write to it, and the copy moves as many bytes as the plain backward pass."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return wanted and not torch.compiler.is_compiling()
+
+
+def _check_row_weight(row_weight: float | None) -> None:
+    if row_weight is None:
+        return
+    if not isinstance(row_weight, (float, int)) or isinstance(row_weight, bool):
+        raise TypeError(f"row_weight must be a float, got {type(row_weight).__name__}")
+    if not math.isfinite(row_weight):
+        raise ValueError(f"row_weight must be finite, got {row_weight}")
+
+
+def _check_indices(indices: Tensor, target: Tensor, other_name: str, other: Tensor) -> None:
+    """`target` is a data set whose rows are as those of `other`."""
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"indices must be an int64 tensor, got {got}")
+    if other.dim() == 0:
+        raise ValueError(f"{other_name} needs a batch dimension, got a 0-d tensor")
+    if indices.shape != other.shape[:1]:
+        raise ValueError(
+            f"indices has shape {tuple(indices.shape)}; one for each row of {other_name} is "
+            f"{tuple(other.shape[:1])}"
+        )
+    if target.dim() == 0 or (len(target) == 0 and len(indices) > 0):
+        raise ValueError(f"target has shape {tuple(target.shape)}, and nothing to choose from")
+    for name, x in (("indices", indices), ("target", target)):
+        if x.device != other.device:
+            raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
+
+
+def _check_target(
+    target: Tensor, other_name: str, other: Tensor, indices: Tensor | None = None
+) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     if target.dtype not in (torch.uint8, torch.bool) and not target.is_floating_point():
         raise TypeError(f"target must be uint8, bool or floating, got {target.dtype}")
     if target.requires_grad:
         raise ValueError("target is data and gets no gradient here; pass target.detach()")
-    _check_matches("target", target, other_name, other)
+    if indices is None:
+        _check_matches("target", target, other_name, other)
+        return
+    _check_indices(indices, target, other_name, other)
+    if target.shape[1:] != other.shape[1:]:
+        raise ValueError(
+            f"target has rows of shape {tuple(target.shape[1:])}, {other_name} of "
+            f"{tuple(other.shape[1:])}; they must be the same"
+        )
 
 
 def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
@@ -318,7 +397,13 @@ def logistic_mixture_channels(mixtures: int, channels: int) -> int:
 
 
 def logistic_mixture_nll(
-    parameters: Tensor, target: Tensor, *, mixtures: int, levels: int = 256, impl: Impl = "auto"
+    parameters: Tensor,
+    target: Tensor,
+    *,
+    mixtures: int,
+    levels: int = 256,
+    indices: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """−log p(target) under a mixture of discretised logistics at each pixel, as in PixelCNN++.
 
@@ -341,6 +426,7 @@ def logistic_mixture_nll(
             is not reported, since looking would stop a GPU. No gradient flows to it.
         mixtures: M ≥ 1, the number of components.
         levels: L in 2 … 256.
+        indices: int64 `[B]`: `target` is then a data set `[N, C, H, W]`, as in `bernoulli_nll`.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -350,11 +436,11 @@ def logistic_mixture_nll(
         ValueError, TypeError: for shapes, dtypes, devices, numbers or an `impl` that do not fit.
     """
     _check_floating("parameters", parameters)
-    _check_image_target(target, parameters)
+    _check_image_target(target, parameters, indices)
     _check_logistic_mixture(parameters, mixtures, target.shape[1], levels)
     if _use_triton(impl, parameters):
-        return ops.logistic_mixture_nll(parameters, target, mixtures, levels)[0]
-    return reference.logistic_mixture_nll(parameters, target, mixtures, levels)
+        return ops.logistic_mixture_nll(parameters, target, mixtures, levels, indices)[0]
+    return reference.logistic_mixture_nll(parameters, target, mixtures, levels, indices)
 
 
 def logistic_mixture_mean(parameters: Tensor, mixtures: int, channels: int) -> Tensor:
@@ -411,13 +497,16 @@ def logistic_mixture_sample(
     return reference.logistic_mixture_sample(parameters, draws, mixtures, channels, levels)
 
 
-def _check_image_target(target: Tensor, parameters: Tensor) -> None:
+def _check_image_target(target: Tensor, parameters: Tensor, indices: Tensor | None) -> None:
     """Batch, size and device as the parameters; only the channels differ."""
     _check_target(target, "target", target)  # its kind alone
     for name, x in (("parameters", parameters), ("target", target)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, channels, H, W], got shape {tuple(x.shape)}")
-    if (target.shape[0], *target.shape[2:]) != (parameters.shape[0], *parameters.shape[2:]):
+    if indices is not None:
+        _check_indices(indices, target, "parameters", parameters)
+    batch = target.shape[0] if indices is None else len(indices)
+    if (batch, *target.shape[2:]) != (parameters.shape[0], *parameters.shape[2:]):
         raise ValueError(
             f"target has shape {tuple(target.shape)}, parameters {tuple(parameters.shape)}; "
             "batch, height and width must be the same"

@@ -5,6 +5,7 @@ a GPU, the reference elsewhere. Gradients are operators of their own, so that au
 autograd meet plain functions.
 """
 
+import math
 import os
 from typing import Any
 
@@ -72,7 +73,7 @@ def reparameterize_kl_backward(
     return grad_mu, grad_logvar
 
 
-def _reparameterize_kl_backward(mu: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+def _reparameterize_kl_backward(mu: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if launches_triton(mu):
         from fastvae_kernels.triton_kernels.reparameterize_kl import backward
 
@@ -230,90 +231,305 @@ reparameterize_kl_packed.register_autograd(
 
 
 @torch.library.custom_op("fastvae::bernoulli_nll", mutates_args=())
-def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+def bernoulli_nll(logits: Tensor, target: Tensor, indices: Tensor | None = None) -> Tensor:
     if launches_triton(logits):
         from fastvae_kernels.triton_kernels.bernoulli_nll import forward
 
-        return forward(logits, target)
-    return reference.bernoulli_nll(logits, target)
+        return forward(logits, target, indices)[0]
+    return reference.bernoulli_nll(logits, target, indices)
 
 
 @bernoulli_nll.register_fake
-def _(logits: Tensor, target: Tensor) -> Tensor:
+def _(logits: Tensor, target: Tensor, indices: Tensor | None = None) -> Tensor:
     return _per_sample(logits)
 
 
 @torch.library.custom_op("fastvae::bernoulli_nll_backward", mutates_args=())
-def bernoulli_nll_backward(logits: Tensor, target: Tensor, grad_nll: Tensor) -> Tensor:
+def bernoulli_nll_backward(
+    logits: Tensor, target: Tensor, grad_nll: Tensor, indices: Tensor | None = None
+) -> Tensor:
     if launches_triton(logits):
         from fastvae_kernels.triton_kernels.bernoulli_nll import backward
 
-        return backward(logits, target, grad_nll)
-    return reference.bernoulli_nll_backward(logits, target, grad_nll).contiguous()
+        return backward(logits, target, grad_nll, indices)
+    return reference.bernoulli_nll_backward(logits, target, grad_nll, indices).contiguous()
 
 
 @bernoulli_nll_backward.register_fake
-def _(logits: Tensor, target: Tensor, grad_nll: Tensor) -> Tensor:
+def _(logits: Tensor, target: Tensor, grad_nll: Tensor, indices: Tensor | None = None) -> Tensor:
     return _like(logits)
 
 
-def _bernoulli_nll_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _bernoulli_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _bernoulli_nll_grad(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-    return bernoulli_nll_backward(*ctx.saved_tensors, grad_nll), None
+    logits, target, indices = ctx.saved_tensors
+    return bernoulli_nll_backward(logits, target, grad_nll, indices), None, None
 
 
 bernoulli_nll.register_autograd(_bernoulli_nll_grad, setup_context=_bernoulli_nll_setup)
+
+
+# The same where the gradient that will meet each row is foretold: the forward pass writes the
+# gradient of the logits too, and the backward pass only looks whether the foretelling came true,
+# writing those rows anew where it did not. Outside of the operators, since an operator would have
+# to show the gradient to its caller, who would see it change.
+
+
+@torch.library.custom_op("fastvae::bernoulli_nll_and_grad", mutates_args=())
+def bernoulli_nll_and_grad(
+    logits: Tensor, target: Tensor, row_weight: float, indices: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """nll `[B]`, and the gradient of row_weight · Σ nll for the logits."""
+    if launches_triton(logits):
+        from fastvae_kernels.triton_kernels.bernoulli_nll import forward
+
+        nll, grad_logits = forward(logits, target, indices, row_weight)
+        assert grad_logits is not None
+        return nll, grad_logits
+    nll = reference.bernoulli_nll(logits, target, indices)
+    grad_nll = torch.full_like(nll, row_weight)
+    grad_logits = reference.bernoulli_nll_backward(logits, target, grad_nll, indices)
+    return nll, grad_logits.contiguous()
+
+
+@bernoulli_nll_and_grad.register_fake
+def _(
+    logits: Tensor, target: Tensor, row_weight: float, indices: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _per_sample(logits), _like(logits)
+
+
+@torch.library.custom_op("fastvae::bernoulli_nll_update", mutates_args=("grad_logits",))
+def bernoulli_nll_update(
+    grad_logits: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    grad_nll: Tensor,
+    row_weight: float,
+    indices: Tensor | None = None,
+) -> None:
+    """Makes grad_logits, which is right where grad_nll is row_weight, right everywhere."""
+    if launches_triton(logits):
+        from fastvae_kernels.triton_kernels.bernoulli_nll import update
+
+        update(grad_logits, logits, target, grad_nll, row_weight, indices)
+    else:
+        grad_logits.copy_(reference.bernoulli_nll_backward(logits, target, grad_nll, indices))
+
+
+class BernoulliNLLForetold(torch.autograd.Function):
+    """`apply(logits, target, indices, row_weight)` is nll `[B]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, indices: Tensor | None, row_weight: float
+    ) -> Tensor:
+        nll, grad_logits = bernoulli_nll_and_grad(logits, target, row_weight, indices)
+        ctx.save_for_backward(logits, target, indices)
+        ctx.row_weight, ctx.grads = row_weight, (grad_logits,)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, indices = ctx.saved_tensors
+        if kept := _hand_out(ctx, grad_nll):
+            (grad_logits,) = kept
+            bernoulli_nll_update(grad_logits, logits, target, grad_nll, ctx.row_weight, indices)
+        else:
+            grad_logits = bernoulli_nll_backward(logits, target, grad_nll, indices)
+        return grad_logits, None, None, None
+
+
+def _hand_out(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, ...]:
+    """What the forward pass wrote, to the first backward pass, which owns it then: nothing else
+    ever sees it change. Nothing to a second one, to one that is to be differentiated itself, or to
+    one that a compiler traces, whose tensors are of another class: they take the plain way."""
+    if torch.is_grad_enabled() or type(grad_nll) is not Tensor:
+        return ()
+    grads, ctx.grads = ctx.grads, ()
+    return grads
 
 
 # ------------------------------------------------------------------------------ gaussian_nll
 
 
 @torch.library.custom_op("fastvae::gaussian_nll", mutates_args=())
-def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensor:
+def gaussian_nll(
+    mean: Tensor, target: Tensor, logvar: Tensor, indices: Tensor | None = None
+) -> Tensor:
     if launches_triton(mean):
         from fastvae_kernels.triton_kernels.gaussian_nll import forward
 
-        return forward(mean, target, logvar)
-    return reference.gaussian_nll(mean, target, logvar)
+        return forward(mean, target, logvar, indices)[0]
+    return reference.gaussian_nll(mean, target, logvar, indices)
 
 
 @gaussian_nll.register_fake
-def _(mean: Tensor, target: Tensor, logvar: Tensor) -> Tensor:
+def _(mean: Tensor, target: Tensor, logvar: Tensor, indices: Tensor | None = None) -> Tensor:
     return _per_sample(mean)
 
 
 @torch.library.custom_op("fastvae::gaussian_nll_backward", mutates_args=())
 def gaussian_nll_backward(
-    mean: Tensor, target: Tensor, logvar: Tensor, nll: Tensor, grad_nll: Tensor
+    mean: Tensor,
+    target: Tensor,
+    logvar: Tensor,
+    nll: Tensor,
+    grad_nll: Tensor,
+    indices: Tensor | None = None,
+    is_learned: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    """grad_mean and grad_logvar, which is empty for one variance that is not learned."""
     if launches_triton(mean):
         from fastvae_kernels.triton_kernels.gaussian_nll import backward
 
-        return backward(mean, target, logvar, nll, grad_nll)
-    grad_mean, grad_logvar = reference.gaussian_nll_backward(mean, target, logvar, grad_nll)
-    return grad_mean.contiguous(), grad_logvar.contiguous()
+        grad_mean, grad_logvar = backward(mean, target, logvar, grad_nll, indices)
+    else:
+        grad_mean, grad_logvar = _reference_gradients(mean, target, logvar, grad_nll, indices)
+    if grad_logvar is not None:
+        return grad_mean, grad_logvar
+    if is_learned:
+        return grad_mean, _one_variance_gradient(mean, logvar, nll, grad_nll)
+    return grad_mean, _like_variances(logvar)
 
 
 @gaussian_nll_backward.register_fake
 def _(
-    mean: Tensor, target: Tensor, logvar: Tensor, nll: Tensor, grad_nll: Tensor
+    mean: Tensor,
+    target: Tensor,
+    logvar: Tensor,
+    nll: Tensor,
+    grad_nll: Tensor,
+    indices: Tensor | None = None,
+    is_learned: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return _like(mean), _like(logvar)
+    return _like(mean), _like(logvar) if is_learned else _like_variances(logvar)
 
 
-def _gaussian_nll_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _gaussian_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
 def _gaussian_nll_grad(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-    grad_mean, grad_logvar = gaussian_nll_backward(*ctx.saved_tensors, grad_nll)
-    return grad_mean, None, grad_logvar
+    mean, target, logvar, indices, nll = ctx.saved_tensors
+    is_learned = ctx.needs_input_grad[2]
+    grad_mean, grad_logvar = gaussian_nll_backward(
+        mean, target, logvar, nll, grad_nll, indices, is_learned
+    )
+    return grad_mean, None, grad_logvar if is_learned else None, None
 
 
 gaussian_nll.register_autograd(_gaussian_nll_grad, setup_context=_gaussian_nll_setup)
+
+
+@torch.library.custom_op("fastvae::gaussian_nll_and_grads", mutates_args=())
+def gaussian_nll_and_grads(
+    mean: Tensor,
+    target: Tensor,
+    logvar: Tensor,
+    row_weight: float,
+    indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nll `[B]`, and the gradients of row_weight · Σ nll for mean and logvar; the latter is empty
+    for one variance, whose gradient comes from nll."""
+    if launches_triton(mean):
+        from fastvae_kernels.triton_kernels.gaussian_nll import forward
+
+        nll, grad_mean, grad_logvar = forward(mean, target, logvar, indices, row_weight)
+        assert grad_mean is not None
+    else:
+        nll = reference.gaussian_nll(mean, target, logvar, indices)
+        grad_nll = torch.full_like(nll, row_weight)
+        grad_mean, grad_logvar = _reference_gradients(mean, target, logvar, grad_nll, indices)
+    return nll, grad_mean, _like_variances(logvar) if grad_logvar is None else grad_logvar
+
+
+@gaussian_nll_and_grads.register_fake
+def _(
+    mean: Tensor,
+    target: Tensor,
+    logvar: Tensor,
+    row_weight: float,
+    indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _per_sample(mean), _like(mean), _like_variances(logvar)
+
+
+@torch.library.custom_op("fastvae::gaussian_nll_update", mutates_args=("grad_mean", "grad_logvar"))
+def gaussian_nll_update(
+    grad_mean: Tensor,
+    grad_logvar: Tensor,
+    mean: Tensor,
+    target: Tensor,
+    logvar: Tensor,
+    grad_nll: Tensor,
+    row_weight: float,
+    indices: Tensor | None = None,
+) -> None:
+    """Makes the gradients, which are right where grad_nll is row_weight, right everywhere."""
+    per_pixel = None if logvar.dim() == 0 else grad_logvar
+    if launches_triton(mean):
+        from fastvae_kernels.triton_kernels.gaussian_nll import update
+
+        update(grad_mean, per_pixel, mean, target, logvar, grad_nll, row_weight, indices)
+        return
+    new_mean, new_logvar = _reference_gradients(mean, target, logvar, grad_nll, indices)
+    grad_mean.copy_(new_mean)
+    if per_pixel is not None and new_logvar is not None:
+        per_pixel.copy_(new_logvar)
+
+
+class GaussianNLLForetold(torch.autograd.Function):
+    """`apply(mean, target, logvar, indices, row_weight)` is nll `[B]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean: Tensor,
+        target: Tensor,
+        logvar: Tensor,
+        indices: Tensor | None,
+        row_weight: float,
+    ) -> Tensor:
+        nll, *grads = gaussian_nll_and_grads(mean, target, logvar, row_weight, indices)
+        ctx.save_for_backward(mean, target, logvar, indices, nll)
+        ctx.row_weight, ctx.grads = row_weight, tuple(grads)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        mean, target, logvar, indices, nll = ctx.saved_tensors
+        is_learned = ctx.needs_input_grad[2]
+        if grads := _hand_out(ctx, grad_nll):
+            gaussian_nll_update(*grads, mean, target, logvar, grad_nll, ctx.row_weight, indices)
+            grad_mean, grad_logvar = grads
+            if logvar.dim() == 0 and is_learned:
+                grad_logvar = _one_variance_gradient(mean, logvar, nll, grad_nll)
+        else:
+            grad_mean, grad_logvar = gaussian_nll_backward(
+                mean, target, logvar, nll, grad_nll, indices, is_learned
+            )
+        return grad_mean, None, grad_logvar if is_learned else None, None, None
+
+
+def _reference_gradients(
+    mean: Tensor, target: Tensor, logvar: Tensor, grad_nll: Tensor, indices: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Contiguous; None for one variance."""
+    grads = reference.gaussian_nll_backward(mean, target, logvar, grad_nll, indices)
+    return grads[0].contiguous(), None if logvar.dim() == 0 else grads[1].contiguous()
+
+
+def _like_variances(logvar: Tensor) -> Tensor:
+    """Memory for the gradient of the variances of pixels; none for one variance."""
+    return _like(logvar) if logvar.dim() > 0 else logvar.new_empty(0)
+
+
+def _one_variance_gradient(mean: Tensor, logvar: Tensor, nll: Tensor, grad_nll: Tensor) -> Tensor:
+    return reference.one_variance_gradient(logvar, math.prod(mean.shape[1:]), nll, grad_nll)
 
 
 # ---------------------------------------------------------------------- logistic_mixture_nll
@@ -321,19 +537,29 @@ gaussian_nll.register_autograd(_gaussian_nll_grad, setup_context=_gaussian_nll_s
 
 @torch.library.custom_op("fastvae::logistic_mixture_nll", mutates_args=())
 def logistic_mixture_nll(
-    parameters: Tensor, target: Tensor, mixtures: int, levels: int
+    parameters: Tensor,
+    target: Tensor,
+    mixtures: int,
+    levels: int,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """nll `[B]`, and for the backward pass two log-sums of each pixel, `[B, 2, H·W]`."""
     if launches_triton(parameters):
         from fastvae_kernels.triton_kernels.logistic_mixture_nll import forward
 
-        return forward(parameters, target, mixtures, levels)
-    log_sums = reference.logistic_mixture_log_sums(parameters, target, mixtures, levels)
+        return forward(parameters, target, mixtures, levels, indices)
+    log_sums = reference.logistic_mixture_log_sums(parameters, target, mixtures, levels, indices)
     return (log_sums[:, 0] - log_sums[:, 1]).sum(1), log_sums
 
 
 @logistic_mixture_nll.register_fake
-def _(parameters: Tensor, target: Tensor, mixtures: int, levels: int) -> tuple[Tensor, Tensor]:
+def _(
+    parameters: Tensor,
+    target: Tensor,
+    mixtures: int,
+    levels: int,
+    indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     nll = _per_sample(parameters)
     pixels = parameters.shape[2] * parameters.shape[3]
     return nll, nll.new_empty(parameters.shape[0], 2, pixels)
@@ -347,8 +573,9 @@ def logistic_mixture_nll_backward(
     grad_nll: Tensor,
     mixtures: int,
     levels: int,
+    indices: Tensor | None = None,
 ) -> Tensor:
-    arguments = parameters, target, log_sums, grad_nll, mixtures, levels
+    arguments = parameters, target, log_sums, grad_nll, mixtures, levels, indices
     if launches_triton(parameters):
         from fastvae_kernels.triton_kernels.logistic_mixture_nll import backward
 
@@ -364,14 +591,15 @@ def _(
     grad_nll: Tensor,
     mixtures: int,
     levels: int,
+    indices: Tensor | None = None,
 ) -> Tensor:
     return _like(parameters)
 
 
 def _logistic_mixture_nll_setup(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-    parameters, target, ctx.mixtures, ctx.levels = inputs
+    parameters, target, ctx.mixtures, ctx.levels, indices = inputs
     log_sums = output[1]
-    ctx.save_for_backward(parameters, target, log_sums)
+    ctx.save_for_backward(parameters, target, log_sums, indices)
     # No zeros are made for the gradient that the log-sums do not have.
     ctx.mark_non_differentiable(log_sums)
     ctx.set_materialize_grads(False)
@@ -381,11 +609,12 @@ def _logistic_mixture_nll_grad(
     ctx: Any, grad_nll: Tensor | None, grad_log_sums: None
 ) -> tuple[Tensor | None, ...]:
     if grad_nll is None:
-        return None, None, None, None
+        return None, None, None, None, None
+    parameters, target, log_sums, indices = ctx.saved_tensors
     grad_parameters = logistic_mixture_nll_backward(
-        *ctx.saved_tensors, grad_nll, ctx.mixtures, ctx.levels
+        parameters, target, log_sums, grad_nll, ctx.mixtures, ctx.levels, indices
     )
-    return grad_parameters, None, None, None
+    return grad_parameters, None, None, None, None
 
 
 logistic_mixture_nll.register_autograd(

@@ -35,7 +35,8 @@ SIZES = [(4096, 64), (512, 4096)]
 @dataclass
 class Kernel:
     """`reads` and `writes`: the floating `[B, D]` or `[S, B, D]` operands. `others`: further
-    pointers, by type. `constants`: also a 1, which Triton makes a constant of its own accord."""
+    pointers, by type. `constants`: also a 1 and a None, which Triton makes constants of its own
+    accord."""
 
     reads: list[str]
     writes: list[str]
@@ -45,6 +46,9 @@ class Kernel:
 
 SCALARS = {"seed_ptr": "*i64", "offset_ptr": "*i64"}
 SCALE = {"TARGET_SCALE": 1 / 255}
+TARGET, EACH = {"target_ND": "*u8"}, {"ONE_VARIANCE": False}
+PLAIN = {**SCALE, "indices_B": None, "row_weight": None}
+UPDATE = {**SCALE, "indices_B": None, "ROWS": 8}
 Q, PRIOR = ["mu_BD", "logvar_BD"], ["prior_mu_BD", "prior_logvar_BD"]
 GRADS, PRIOR_GRADS = (
     ["grad_mu_BD", "grad_logvar_BD"],
@@ -59,19 +63,83 @@ KERNELS = {
         [*Q, "grad_z_SBD"], GRADS, {**SCALARS, "grad_kl_B": "*fp32"}, ONE_SAMPLE
     ),
     ("bernoulli_nll", "forward_kernel"): Kernel(
-        ["logits_BD"], [], {"target_BD": "*u8", "nll_BS": "*fp32"}, SCALE
+        ["logits_BD"], [], {**TARGET, "nll_BS": "*fp32"}, {**PLAIN, "grad_logits_BD": None}
     ),
     ("bernoulli_nll", "backward_kernel"): Kernel(
-        ["logits_BD"], ["grad_logits_BD"], {"target_BD": "*u8", "grad_nll_B": "*fp32"}, SCALE
+        ["logits_BD"], ["grad_logits_BD"], {**TARGET, "grad_nll_B": "*fp32"}, PLAIN
+    ),
+    ("bernoulli_nll", "update_kernel"): Kernel(
+        ["logits_BD"], ["grad_logits_BD"], {**TARGET, "grad_nll_B": "*fp32"}, UPDATE
     ),
     ("gaussian_nll", "forward_kernel"): Kernel(
-        ["mean_BD", "logvar_BD"], [], {"target_BD": "*u8", "nll_BS": "*fp32"}, SCALE
+        ["mean_BD", "logvar_BD"],
+        [],
+        {**TARGET, "nll_BS": "*fp32"},
+        {**PLAIN, **EACH, "grad_mean_BD": None, "grad_logvar_BD": None},
     ),
     ("gaussian_nll", "backward_kernel"): Kernel(
         ["mean_BD", "logvar_BD"],
         ["grad_mean_BD", "grad_logvar_BD"],
-        {"target_BD": "*u8", "grad_nll_B": "*fp32"},
-        {**SCALE, "WRITE_GRAD_LOGVAR": True},
+        {**TARGET, "grad_nll_B": "*fp32"},
+        {**PLAIN, **EACH},
+    ),
+    ("gaussian_nll", "update_kernel"): Kernel(
+        ["mean_BD", "logvar_BD"],
+        ["grad_mean_BD", "grad_logvar_BD"],
+        {**TARGET, "grad_nll_B": "*fp32"},
+        {**UPDATE, **EACH},
+    ),
+}
+
+# The likelihoods with the gradient written in the forward pass, with a data set to choose from,
+# and with one variance.
+CHOSEN = {"target_ND": "*u8", "indices_B": "*i64"}
+ONE = {"ONE_VARIANCE": True, "grad_logvar_BD": None}
+LIKELIHOODS = {
+    ("bernoulli_nll", "forward_kernel", "gradient"): Kernel(
+        ["logits_BD"],
+        ["grad_logits_BD"],
+        {**TARGET, "nll_BS": "*fp32"},
+        {**SCALE, "indices_B": None},
+    ),
+    ("bernoulli_nll", "forward_kernel", "gradient, indices"): Kernel(
+        ["logits_BD"],
+        ["grad_logits_BD"],
+        {**CHOSEN, "nll_BS": "*fp32"},
+        SCALE,
+    ),
+    ("bernoulli_nll", "backward_kernel", "indices"): Kernel(
+        ["logits_BD"], ["grad_logits_BD"], {**CHOSEN, "grad_nll_B": "*fp32"}, SCALE
+    ),
+    ("gaussian_nll", "forward_kernel", "gradient, indices"): Kernel(
+        ["mean_BD", "logvar_BD"],
+        ["grad_mean_BD", "grad_logvar_BD"],
+        {**CHOSEN, "nll_BS": "*fp32"},
+        {**SCALE, **EACH},
+    ),
+    ("gaussian_nll", "forward_kernel", "one variance, gradient"): Kernel(
+        ["mean_BD"],
+        ["grad_mean_BD"],
+        {**TARGET, "logvar_BD": "*fp32", "nll_BS": "*fp32"},
+        {**SCALE, **ONE, "indices_B": None},
+    ),
+    ("gaussian_nll", "forward_kernel", "one variance"): Kernel(
+        ["mean_BD"],
+        [],
+        {**TARGET, "logvar_BD": "*fp32", "nll_BS": "*fp32"},
+        {**PLAIN, **ONE, "grad_mean_BD": None},
+    ),
+    ("gaussian_nll", "backward_kernel", "one variance"): Kernel(
+        ["mean_BD"],
+        ["grad_mean_BD"],
+        {**TARGET, "logvar_BD": "*fp32", "grad_nll_B": "*fp32"},
+        {**PLAIN, **ONE},
+    ),
+    ("gaussian_nll", "update_kernel", "one variance"): Kernel(
+        ["mean_BD"],
+        ["grad_mean_BD"],
+        {**TARGET, "logvar_BD": "*fp32", "grad_nll_B": "*fp32"},
+        {**UPDATE, **ONE},
     ),
 }
 
@@ -110,8 +178,8 @@ def test_every_kernel_is_listed():
     found = {
         (module.__name__.rsplit(".", 1)[-1], name)
         for module in modules()
-        if module is not device_math
         for name, _ in jit_functions(module)
+        if name.endswith("_kernel")
     }
     elsewhere = {(m, n) for m, n in found if m == "logistic_mixture_nll"}  # in its own test file
     assert found - elsewhere == set(KERNELS)
@@ -150,7 +218,9 @@ def compile_kernel(
             signature[argument], constexprs[i,] = "constexpr", 1
         elif argument in pointers:
             signature[argument], attributes[i,] = pointers[argument], [["tt.divisibility", 16]]
-        elif argument in ("B", "num_samples"):
+        elif argument == "row_weight":
+            signature[argument] = "fp32"
+        elif argument in ("B", "N", "num_samples"):
             signature[argument] = "i32"
         else:
             assert argument in ("D", "columns_per_split") or argument.endswith(
@@ -271,15 +341,24 @@ def test_all_numbers_of_samples_but_one_share_a_kernel(name):
     assert samples.do_not_specialize_on_alignment
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_variance_writes_no_gradient_for_each_pixel(architecture, tmp_path):
-    both = compile_kernel("gaussian_nll", "backward_kernel", "fp32", architecture, SIZES[1])
-    one = compile_kernel(
-        *("gaussian_nll", "backward_kernel", "fp32", architecture, SIZES[1]),
-        WRITE_GRAD_LOGVAR=False,
-    )
-    check_no_spills(one.asm["ptx"], architecture, tmp_path)
-    assert 2 * wide(one.asm["ptx"], "st") == wide(both.asm["ptx"], "st")
+@pytest.mark.parametrize(
+    ("dtype", "architecture"), [*(("fp32", n) for n in ARCHITECTURES), ("bf16", 90)]
+)
+@pytest.mark.parametrize("variant", LIKELIHOODS, ids=", ".join)
+def test_likelihoods(variant, dtype, architecture, tmp_path):
+    """One variance is read as one number, and no gradient of it is written for each pixel."""
+    spec, (module, name, _) = LIKELIHOODS[variant], variant
+    kernel = compile_kernel(module, name, dtype, architecture, SIZES[1], spec=spec)
+    check_access(spec, kernel.asm["ptx"], dtype, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("variant", LIKELIHOODS, ids=", ".join)
+def test_bytes_are_read_together(variant):
+    """Eight neighbouring bytes of a target by a thread, also in a row that an index names."""
+    module, name, _ = variant
+    ptx = compile_kernel(module, name, "bf16", 90, SIZES[1], spec=LIKELIHOODS[variant]).asm["ptx"]
+    assert re.search(r"ld\.global\S*\.(v2\.b32|b64)\b", ptx)
+    assert not re.search(r"ld\.global\S*\.b8\b", ptx)
 
 
 def test_misaligned_rows_are_not_read_wide():
@@ -291,7 +370,7 @@ def test_misaligned_rows_are_not_read_wide():
     constants = {**spec.constants, "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c}
     pointers = {**spec.others, "logits_BD": "*bf16"}
     for i, parameter in enumerate(function.params):
-        if parameter.is_constexpr:
+        if parameter.name in constants:
             signature[parameter.name], constexprs[i,] = "constexpr", constants[parameter.name]
         else:
             signature[parameter.name] = pointers.get(parameter.name, "i32")

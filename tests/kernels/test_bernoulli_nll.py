@@ -143,9 +143,19 @@ def test_extreme_logits(impl, device, dtype):
         check(impl, device, logits, target, grad_nll)
         nll = bernoulli_nll(logits, target, impl=impl)
         assert nll.isfinite().all()
-        # Each element alone: log(1 + e) instead of log1p(e) costs at most 2^-24 of a nat.
+        # Each element alone.
         truth = oracle.bernoulli_nll(logits.detach().cpu(), target.cpu(), grad_nll.cpu())
         torch.testing.assert_close(nll.double().cpu(), truth["nll"], rtol=1e-6, atol=2.0**-23)
+
+
+def test_a_small_nll_keeps_its_digits(impl, device):
+    """Of a pixel that is nearly certain: log(1 + e^−20) is 2e-9, which 1 + e^−20 in float32 has
+    forgotten. An exponential errs by its exponent's rounding."""
+    x = torch.linspace(-80, 0, 4001, device=device).view(-1, 1)
+    nll = bernoulli_nll(x, torch.zeros_like(x), impl=impl).double()
+    want = torch.log1p(x.double().exp()).view(-1)
+    bound = 2.0**-23 * (2 + 2 * x.double().abs().view(-1))
+    assert ((nll - want).abs() <= bound * want).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 507), (2, 20000)], ids=str)

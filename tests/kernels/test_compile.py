@@ -4,7 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from fastvae_kernels import bernoulli_nll, gaussian_nll, normal, reparameterize_kl, uniform
+from fastvae_kernels import (
+    bernoulli_nll,
+    functional,
+    gaussian_nll,
+    normal,
+    reparameterize_kl,
+    uniform,
+)
+from functorch.compile import aot_function, nop
 from kernel_cases import Draw, leaf, needs_no_interpreter
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -83,16 +91,52 @@ def results(function, wanted, data):
     )
 
 
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 @pytest.mark.parametrize("function", [public, operators])
-def test_compiled_equals_eager(device, function):
+def test_compiled_equals_eager(device, function, backend):
     """Forward and backward in one graph each, within what reordering a float32 sum may cost."""
     wanted, data = tensors(device)
     want = results(function, wanted, data)
-    got = results(torch.compile(function, fullgraph=True), wanted, data)
+    got = results(torch.compile(function, fullgraph=True, backend=backend), wanted, data)
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype
         torch.testing.assert_close(g, w, rtol=1e-5, atol=2e-5)
+
+
+def test_traced_without_dynamo(monkeypatch):
+    """AOT autograd alone meets the function itself: what it kept is no buffer to write to, and
+    each backward pass is right."""
+    monkeypatch.setattr(functional, "_use_triton", lambda *_: True)
+    draw = Draw("cpu")
+    logits, target = leaf(draw((6, 130))), draw.target((6, 130), torch.uint8)
+    function = partial(bernoulli_nll, row_weight=0.5)
+    got = aot_function(function, fw_compiler=nop)(logits, target)
+    want = bernoulli_nll(logits, target, impl="torch")
+    for weight in (0.0, 2.0, 0.5):
+        grad_nll = torch.full_like(want, weight)
+        g, w = (torch.autograd.grad(y, logits, grad_nll, retain_graph=True)[0] for y in (got, want))
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_weight_adds_nothing_to_a_compiled_graph():
+    """A buffer kept for a compiled backward pass would be copied before it is written to. A fake
+    GPU, so that the operators are taken."""
+    from torch._dynamo.testing import EagerAndRecordGraphs
+
+    backend = EagerAndRecordGraphs()
+
+    def function(x, target):
+        one = bernoulli_nll(x, target, row_weight=0.5)
+        return one + gaussian_nll(x, target, 0.0, row_weight=0.5)
+
+    with FakeTensorMode():
+        x = torch.empty(2, 130, device="cuda", requires_grad=True)
+        target = torch.empty(2, 130, device="cuda", dtype=torch.uint8)
+        torch.compile(function, fullgraph=True, backend=backend)(x, target)
+    (graph,) = backend.graphs
+    called = {str(node.target) for node in graph.graph.nodes if "fastvae" in str(node.target)}
+    assert called == {"fastvae.bernoulli_nll.default", "fastvae.gaussian_nll.default"}
 
 
 def test_compiled_under_autocast_equals_eager(device):
@@ -182,6 +226,10 @@ def test_a_dynamic_graph_serves_all_numbers_of_samples(device, function):
 # ------------------------------------------------------------------------------------ opcheck
 
 
+def _detached(tensors):
+    return tuple(x.detach() for x in tensors)
+
+
 def opcheck_cases():
     """Each operator's name and functions that make arguments: plain, strided, low precision."""
 
@@ -203,6 +251,9 @@ def opcheck_cases():
 
     def byte(d, shape=(3, 5)):
         return Draw(d).target(shape, torch.uint8)
+
+    def rows(d, n):
+        return torch.tensor([6, 0, 3], device=d)[:n]
 
     bf16 = torch.bfloat16
     image = (2, 3, 4, 5)
@@ -277,16 +328,52 @@ def opcheck_cases():
             ),
         ],
         "bernoulli_nll": [
+            lambda d: (both(d)[0], byte(d, (7, 5)), rows(d, 3)),
             lambda d: (both(d)[0], byte(d)),
             lambda d: (both(d, image, bf16)[0], byte(d, image) > 99),
             lambda d: (strided(d)[0], strided(d)[1].detach().sigmoid()),
         ],
         "bernoulli_nll_backward": [
+            lambda d: (both(d)[0].detach(), byte(d, (7, 5)), ones(d), rows(d, 3)),
             lambda d: (both(d)[0].detach(), byte(d), ones(d)),
             lambda d: (both(d, image, bf16)[0].detach(), byte(d, image), ones(d, 2)),
             lambda d: (strided(d)[0].detach(), byte(d), ones(d)),
         ],
+        "bernoulli_nll_and_grad": [
+            lambda d: (both(d)[0].detach(), byte(d), 0.25),
+            lambda d: (
+                *_detached(both(d, image, bf16)[:1]),
+                byte(d, (7, *image[1:])),
+                0.5,
+                rows(d, 2),
+            ),
+            lambda d: (strided(d)[0].detach(), byte(d), 0.0),
+        ],
+        "bernoulli_nll_update": [
+            lambda d: (*_detached(both(d)), byte(d), ones(d), 0.25),
+            lambda d: (*_detached(both(d)), byte(d, (7, 5)), ones(d), 1.0, rows(d, 3)),
+        ],
+        "gaussian_nll_and_grads": [
+            lambda d: (both(d)[0].detach(), byte(d), both(d)[1].detach(), 0.25),
+            lambda d: (*_detached(both(d, image, bf16)[:1]), byte(d, image), Draw(d)(()), 0.25),
+            lambda d: (both(d)[0].detach(), byte(d, (7, 5)), Draw(d)(()), 0.25, rows(d, 3)),
+        ],
+        "gaussian_nll_update": [
+            lambda d: (
+                *_detached(both(d)),
+                both(d)[0].detach(),
+                byte(d),
+                Draw(d)((3, 5)),
+                ones(d),
+                0.5,
+            ),
+            lambda d: (
+                *(both(d)[0].detach(), torch.empty(0, device=d), both(d)[0].detach()),
+                *(byte(d, (7, 5)), Draw(d)(()), ones(d), 0.5, rows(d, 3)),
+            ),
+        ],
         "gaussian_nll": [
+            lambda d: (both(d)[0], byte(d, (7, 5)), both(d)[1], rows(d, 3)),
             lambda d: (both(d)[0], byte(d), both(d)[1]),
             lambda d: (both(d, image, bf16)[0], byte(d, image), leaf(Draw(d)(()))),
             lambda d: (strided(d)[0], byte(d), strided(d)[1]),
@@ -302,6 +389,10 @@ def opcheck_cases():
                 ones(d, 2),
             ),
             lambda d: (strided(d)[0].detach(), byte(d), strided(d)[1].detach(), ones(d), ones(d)),
+            lambda d: (
+                *(both(d)[0].detach(), byte(d, (7, 5)), Draw(d)(())),
+                *(ones(d), ones(d), rows(d, 3), False),
+            ),
         ],
     }
 

@@ -778,28 +778,32 @@ REGISTERS = {"forward_kernel": 96, "backward_kernel": 128}
 @needs_no_interpreter
 @pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "chooses"), [("fp32", False), ("bf16", False), ("fp16", False), ("bf16", True)]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", REGISTERS)
-def test_ahead_of_time(name, channels, dtype, architecture, tmp_path):
-    """Compiles, spills nothing, and leaves room for other programs on its multiprocessor."""
+def test_ahead_of_time(name, channels, dtype, chooses, architecture, tmp_path):
+    """Compiles, spills nothing, and leaves room for other programs on its multiprocessor; also
+    where indices choose the targets."""
     tools = importlib.import_module("test_ahead_of_time")
     kernels = importlib.import_module("fastvae_kernels.triton_kernels.logistic_mixture_nll")
     block_r, block_c = kernels.tile(64, 32 * 32)
     constants = {"CHANNELS": channels, "LEVELS": 256, "TARGET_SCALE": 1.0}
+    constants |= {} if chooses else {"indices_B": None}
     constants |= {"BLOCK_R": block_r, "BLOCK_C": block_c}
     pointers = dict.fromkeys(("nll_BS", "log_sums_B2N", "grad_nll_B"), "*fp32")
-    pointers |= {"target_BCN": "*u8"}
+    pointers |= {"target_TCN": "*u8", "indices_B": "*i64"}
     pointers |= dict.fromkeys(("parameters_BPN", "grad_parameters_BPN"), f"*{dtype}")
     signature, constexprs, attributes = {}, {}, {}
     function = getattr(kernels, name)
     for i, parameter in enumerate(function.params):
         argument = parameter.name
-        if parameter.is_constexpr:
+        if argument in constants:
             signature[argument], constexprs[i,] = "constexpr", constants[argument]
         elif argument.endswith("_stride_n"):
             signature[argument], constexprs[i,] = "constexpr", 1
-        elif argument in ("B", "M"):
+        elif argument in ("B", "T", "M"):
             signature[argument] = "i32"
         else:
             assert argument in pointers or argument == "N" or "_stride_" in argument

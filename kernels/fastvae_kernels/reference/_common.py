@@ -19,3 +19,8 @@ def unit_interval(target: Tensor, dtype: torch.dtype) -> Tensor:
     if target.dtype == torch.uint8:
         return target.to(dtype) * (1.0 / 255.0)
     return target.to(dtype)
+
+
+def chosen(target: Tensor, indices: Tensor | None) -> Tensor:
+    """The rows of a data set that indices choose; without indices the target is the batch."""
+    return target if indices is None else target.index_select(0, indices)

@@ -6,30 +6,33 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastvae_kernels.reference._common import rows, unit_interval, widen
+from fastvae_kernels.reference._common import chosen, rows, unit_interval, widen
 
 # log(1 + e) = 2 atanh(s) for s = e / (2 + e) ≤ 1/3, and atanh(s) / s as a polynomial in s²: a
 # least-maximum fit on [0, 1/9], wrong by 4e-9 at most.
 _ATANH = (1.0, 0.3333315734, 0.2001245507, 0.1398030237, 0.1408916300)
 
 
-def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+def bernoulli_nll(logits: Tensor, target: Tensor, indices: Tensor | None = None) -> Tensor:
     """Σ softplus(l) − l·x over everything but the batch: `[B]` in nats.
 
-    `logits`: `[B, …]` floating; `target`: the same shape, uint8 (read as / 255), bool or floating.
+    `logits`: `[B, …]` floating; `target`: the same shape, uint8 (read as / 255), bool or floating;
+    with `indices` `[B]` a data set `[N, …]`, of which row b meets number indices[b].
     """
     x_BD = rows(widen(logits))
-    t_BD = rows(unit_interval(target, x_BD.dtype))
+    t_BD = rows(unit_interval(chosen(target, indices), x_BD.dtype))
     if torch.compiler.is_compiling() and x_BD.dtype == torch.float32:
         return _Fusible.apply(x_BD, t_BD)
     # Beyond 40, softplus(x) is x to double precision; the default of 20 is not.
     return (softplus(x_BD, threshold=40.0) - x_BD * t_BD).sum(1)
 
 
-def bernoulli_nll_backward(logits: Tensor, target: Tensor, grad_nll: Tensor) -> Tensor:
+def bernoulli_nll_backward(
+    logits: Tensor, target: Tensor, grad_nll: Tensor, indices: Tensor | None = None
+) -> Tensor:
     """The gradient of Σ grad_nll·nll for `logits`: grad_nll · (sigmoid(logits) − target)."""
     x_BD = rows(widen(logits))
-    t_BD = rows(unit_interval(target, x_BD.dtype))
+    t_BD = rows(unit_interval(chosen(target, indices), x_BD.dtype))
     grad_logits_BD = grad_nll.unsqueeze(1) * (torch.sigmoid(x_BD) - t_BD)
     return grad_logits_BD.to(logits.dtype).view(logits.shape)
 

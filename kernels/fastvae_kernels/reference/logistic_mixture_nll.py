@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastvae_kernels.reference._common import widen
+from fastvae_kernels.reference._common import chosen, widen
 
 # As in the authors' code: two of 256 levels lie 8.6 of the smallest scale apart.
 LOG_SCALE_FLOOR = -7.0
@@ -22,20 +22,33 @@ FAR = 1e30
 _SINHC = tuple(1.0 / math.factorial(2 * k + 1) for k in range(7))
 
 
-def logistic_mixture_nll(parameters: Tensor, target: Tensor, mixtures: int, levels: int) -> Tensor:
+def logistic_mixture_nll(
+    parameters: Tensor,
+    target: Tensor,
+    mixtures: int,
+    levels: int,
+    indices: Tensor | None = None,
+) -> Tensor:
     """−Σ log Σ_m π_m p_m(pixel): `[B]` in nats.
 
     `parameters`: `[B, G·M, H, W]` floating; `target`: `[B, C, H, W]`, uint8 or bool (levels) or
-    floating in [0, 1] (read as the nearest level).
+    floating in [0, 1] (read as the nearest level); with `indices` `[B]` a data set `[T, C, H, W]`,
+    of which row b meets number indices[b].
     """
+    target = chosen(target, indices)
     log_prior_BN, log_joint_BN = _log_sums(parameters, target, mixtures, levels)
     return (log_prior_BN - log_joint_BN).sum(1)
 
 
 def logistic_mixture_log_sums(
-    parameters: Tensor, target: Tensor, mixtures: int, levels: int
+    parameters: Tensor,
+    target: Tensor,
+    mixtures: int,
+    levels: int,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """`[B, 2, N]`: log Σ_m exp(logit_m) and log Σ_m exp(logit_m) p_m(pixel)."""
+    target = chosen(target, indices)
     return torch.stack(_log_sums(parameters, target, mixtures, levels), dim=1)
 
 
@@ -46,6 +59,7 @@ def logistic_mixture_nll_backward(
     grad_nll: Tensor,
     mixtures: int,
     levels: int,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """The gradient of Σ grad_nll·nll for `parameters`, given the log-sums.
 
@@ -53,7 +67,7 @@ def logistic_mixture_nll_backward(
     times the gradient of −log p_m.
     """
     p_BGMN = _groups(parameters, mixtures)
-    level_BCN = _level(target, levels, p_BGMN.dtype)
+    level_BCN = _level(chosen(target, indices), levels, p_BGMN.dtype)
     logistics = _logistics(p_BGMN, level_BCN, levels)
     log_joint_BMN = p_BGMN[:, 0]
     for logistic in logistics:

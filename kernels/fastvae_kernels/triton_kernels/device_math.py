@@ -55,10 +55,26 @@ def gaussian_kl(mu, logvar):
 
 
 @triton.jit
+def log1p_of_fraction(e):
+    """log(1 + e) for e in [0, 1], as e − e²·(a polynomial of degree 8 around ½).
+
+    With all rounding within 6.6e-8 of the truth, which is as near as the logarithm of a rounded
+    1 + e can come, and within 9.6e-8 of its size, where that loses a small e altogether; and in
+    half the instructions of Triton's logarithm, which expects any float.
+    """
+    t = e - 0.5
+    p = 0.010177705436944962 + t * (-0.006930693518370390 + t * 0.003318469738587737)
+    p = 0.028904998674988747 + t * (-0.016656985506415367 + t * p)
+    p = 0.09323185682296753 + t * (-0.05108905956149101 + t * p)
+    p = 0.3781395554542542 + t * (-0.17922489345073700 + t * p)
+    return e - (e * e) * p
+
+
+@triton.jit
 def softplus_and_sigmoid(x):
     """log(1 + exp(x)) and its derivative, without overflow."""
     e = tl.exp(-tl.abs(x))
-    softplus = tl.maximum(x, 0.0) + tl.log(1.0 + e)
+    softplus = tl.maximum(x, 0.0) + log1p_of_fraction(e)
     sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
     return softplus, sigmoid
 
@@ -69,6 +85,13 @@ def standardized(error, logvar):
     where there is no error, σ = 1 does as well as a σ whose inverse overflows."""
     inverse_sigma = tl.exp(-0.5 * tl.where(error == 0.0, 0.0, logvar))
     return error * inverse_sigma, inverse_sigma
+
+
+@triton.jit
+def standardized_by(error, inverse_sigma):
+    """error / σ and error / σ² from one 1 / σ for all; none where there is no error, whatever σ."""
+    standard = tl.where(error == 0.0, 0.0, error * inverse_sigma)
+    return standard, tl.where(error == 0.0, 0.0, standard * inverse_sigma)
 
 
 @triton.jit
@@ -147,3 +170,10 @@ def logistic_bin(level, mean, log_scale, LEVELS: tl.constexpr, LOG_SCALE_FLOOR: 
     grad_log_scale = b * below - a * above - tl.where(is_open, 0.0, narrowing)
     grad_log_scale = tl.where(is_free, grad_log_scale, 0.0)
     return linear, inside * inverse, (below - above) * inverse_scale, grad_log_scale
+
+
+@triton.jit
+def is_new(grad_nll_R, row_weight):
+    """Whether the gradient that meets a row differs in any bit from the one it was promised."""
+    promised = tl.cast(row_weight, tl.float32).to(tl.int32, bitcast=True)
+    return grad_nll_R.to(tl.int32, bitcast=True) != promised

@@ -1,5 +1,6 @@
 """What every launcher needs: rows, tiles, and the device to launch on."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ TILE = 1024
 # Rows are split among several programs where there would be too few programs to fill a GPU.
 SPLIT_COLUMNS = 4 * TILE
 FEW_PROGRAMS = 512
+# As many programs of four warps run at once on the largest GPUs (132 multiprocessors, 16 each).
+FULL = 2048
+# One program looks after no more rows than it has threads.
+MOST_ROWS = 128
 
 # Set here because Triton 3.10 turns fusion of multiply and add off by default.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -51,6 +56,27 @@ def rows(x: Tensor, leading: int = 1) -> Tensor:
 def readable(target: Tensor) -> Tensor:
     """bool is read through the same bytes as uint8."""
     return target.view(torch.uint8) if target.dtype == torch.bool else target
+
+
+def gathered(target: Tensor, indices: Tensor | None, leading: int) -> tuple[Tensor, Tensor | None]:
+    """What a kernel reads through indices: the data set flattened after `leading` dimensions and
+    the indices; or, where that would copy the whole data set, the chosen rows and None."""
+    if indices is None:
+        return target, None
+    try:
+        flat = (*target.shape[:leading], math.prod(target.shape[leading:]))
+        return target.view(flat), indices.contiguous()
+    except RuntimeError:  # strides that no view of so many dimensions has
+        return target.index_select(0, indices), None
+
+
+def few_programs(tiles: Tiling) -> tuple[int, int]:
+    """How many programs look after all rows where most have nothing to do, and how many rows
+    each: enough programs to fill a GPU if they do, and no more than that, to cost little."""
+    batch = tiles.row_programs * tiles.block_r
+    rows_each = min(MOST_ROWS, _next_power_of_2(-(-batch // FULL)))
+    rows_each = max(rows_each, tiles.block_r)
+    return -(-batch // rows_each), rows_each
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

@@ -1,9 +1,10 @@
 """Negative log-likelihood of a mixture of discretised logistics, forward and backward.
 
 Shape suffixes: B batch, P parameter channels, C colour channels, N pixels, S splits of a row,
-R × C one tile of rows and pixels. Of M components, number m of parameter group g is channel
-g·M + m of P; group 0 holds the logits, groups 1 + 2c and 2 + 2c the means and log-scales of colour
-c, and group 1 + 2C + c(c−1)/2 + j the coupling of colour c to an earlier colour j.
+T rows of targets (a data set that indices choose from, else T = B), R × C one tile of rows and
+pixels. Of M components, number m of parameter group g is channel g·M + m of P; group 0 holds the
+logits, groups 1 + 2c and 2 + 2c the means and log-scales of colour c, and group
+1 + 2C + c(c−1)/2 + j the coupling of colour c to an earlier colour j.
 """
 
 import torch
@@ -19,7 +20,8 @@ from fastvae_kernels.triton_kernels.device_math import (
     position_of_level,
     tanh,
 )
-from fastvae_kernels.triton_kernels.launch import OPTIONS, on_device, readable
+from fastvae_kernels.triton_kernels.device_memory import target_rows
+from fastvae_kernels.triton_kernels.launch import OPTIONS, gathered, on_device, readable
 
 FLOOR = tl.constexpr(LOG_SCALE_FLOOR)
 # One program takes this many pixels, 2 a thread: each is a hundred loads and a thousand operations.
@@ -29,10 +31,12 @@ TILE = 256
 @triton.jit
 def forward_kernel(
     parameters_BPN,
-    target_BCN,
+    target_TCN,
+    indices_B,
     nll_BS,
     log_sums_B2N,
     B,
+    T,
     N,
     M,
     parameters_stride_b,
@@ -55,7 +59,8 @@ def forward_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     mask = (row < B)[:, None] & (pixel < N)[None, :]
-    target_at = row[:, None] * target_stride_b + pixel[None, :] * target_stride_n
+    target_row, exists = target_rows(indices_B, row, B, T)
+    target_at = target_row[:, None] * target_stride_b + pixel[None, :] * target_stride_n
     at = row[:, None] * parameters_stride_b + pixel[None, :] * parameters_stride_n
     component = tl.cast(parameters_stride_p, tl.int64)
     group = component * M
@@ -63,7 +68,7 @@ def forward_kernel(
     levels = tl.tuple([])
     for c in tl.static_range(CHANNELS):
         colour_at = target_at + tl.cast(target_stride_c, tl.int64) * c
-        t = tl.load(target_BCN + colour_at, mask=mask, other=0).to(tl.float32) * TARGET_SCALE
+        t = tl.load(target_TCN + colour_at, mask=mask, other=0).to(tl.float32) * TARGET_SCALE
         levels += (nearest_level(t, LEVELS),)
 
     # The maxima begin below every logit and above −∞, which would give NaN.
@@ -97,6 +102,7 @@ def forward_kernel(
     log_prior = prior_max + tl.log(prior_sum)
     log_joint = joint_max + tl.log(joint_sum)
     nll = tl.sum(tl.where(mask, log_prior - log_joint, 0.0), axis=1)
+    nll = tl.where(exists, nll, float("nan"))
     tl.store(nll_BS + row * tl.num_programs(1) + tl.program_id(1), nll, mask=row < B)
     out_at = row[:, None] * 2 * N + pixel[None, :]
     tl.store(log_sums_B2N + out_at, log_prior, mask=mask)
@@ -106,11 +112,13 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     parameters_BPN,
-    target_BCN,
+    target_TCN,
+    indices_B,
     log_sums_B2N,
     grad_nll_B,
     grad_parameters_BPN,
     B,
+    T,
     N,
     M,
     parameters_stride_b,
@@ -132,7 +140,8 @@ def backward_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     mask = (row < B)[:, None] & (pixel < N)[None, :]
-    target_at = row[:, None] * target_stride_b + pixel[None, :] * target_stride_n
+    target_row, exists = target_rows(indices_B, row, B, T)
+    target_at = target_row[:, None] * target_stride_b + pixel[None, :] * target_stride_n
     at = row[:, None] * parameters_stride_b + pixel[None, :] * parameters_stride_n
     component = tl.cast(parameters_stride_p, tl.int64)
     group = component * M
@@ -140,12 +149,13 @@ def backward_kernel(
     levels = tl.tuple([])
     for c in tl.static_range(CHANNELS):
         colour_at = target_at + tl.cast(target_stride_c, tl.int64) * c
-        t = tl.load(target_BCN + colour_at, mask=mask, other=0).to(tl.float32) * TARGET_SCALE
+        t = tl.load(target_TCN + colour_at, mask=mask, other=0).to(tl.float32) * TARGET_SCALE
         levels += (nearest_level(t, LEVELS),)
     sums_at = row[:, None] * 2 * N + pixel[None, :]
     log_prior_sum = tl.load(log_sums_B2N + sums_at, mask=mask, other=0.0)
     log_joint_sum = tl.load(log_sums_B2N + sums_at + N, mask=mask, other=0.0)
-    grad_nll = tl.load(grad_nll_B + row * grad_nll_stride_b, mask=row < B, other=0.0)[:, None]
+    grad_nll = tl.load(grad_nll_B + row * grad_nll_stride_b, mask=row < B, other=0.0)
+    grad_nll = tl.where(exists, grad_nll, float("nan"))[:, None]
 
     out_group = tl.cast(N, tl.int64) * M
     GROUPS: tl.constexpr = 1 + 2 * CHANNELS + CHANNELS * (CHANNELS - 1) // 2
@@ -197,10 +207,15 @@ def backward_kernel(
 
 
 def forward(
-    parameters: Tensor, target: Tensor, mixtures: int, levels: int
+    parameters: Tensor,
+    target: Tensor,
+    mixtures: int,
+    levels: int,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch. Returns nll `[B]` and log_sums `[B, 2, N]`, float32."""
-    parameters_BPN, target_BCN = parameters.flatten(2), target.flatten(2)
+    target, indices = gathered(target, indices, leading=2)
+    parameters_BPN, target_TCN = parameters.flatten(2), target.flatten(2)
     B, _, N = parameters_BPN.shape
     block_r, block_c = tile(B, N)
     splits = triton.cdiv(N, block_c)
@@ -209,14 +224,16 @@ def forward(
     with on_device(parameters):
         forward_kernel[(triton.cdiv(B, block_r), splits)](
             parameters_BPN,
-            readable(target_BCN),
+            readable(target_TCN),
+            indices,
             nll_BS,
             log_sums_B2N,
             B,
+            len(target_TCN),
             N,
             mixtures,
             *parameters_BPN.stride(),
-            *target_BCN.stride(),
+            *target_TCN.stride(),
             CHANNELS=target.shape[1],
             LEVELS=levels,
             TARGET_SCALE=levels - 1.0 if target.is_floating_point() else 1.0,
@@ -234,9 +251,11 @@ def backward(
     grad_nll: Tensor,
     mixtures: int,
     levels: int,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """One launch. Returns grad_parameters, contiguous, like `parameters`."""
-    parameters_BPN, target_BCN = parameters.flatten(2), target.flatten(2)
+    target, indices = gathered(target, indices, leading=2)
+    parameters_BPN, target_TCN = parameters.flatten(2), target.flatten(2)
     B, _, N = parameters_BPN.shape
     block_r, block_c = tile(B, N)
     grad_parameters = torch.empty(
@@ -245,15 +264,17 @@ def backward(
     with on_device(parameters):
         backward_kernel[(triton.cdiv(B, block_r), triton.cdiv(N, block_c))](
             parameters_BPN,
-            readable(target_BCN),
+            readable(target_TCN),
+            indices,
             log_sums.contiguous(),
             grad_nll,
             grad_parameters,
             B,
+            len(target_TCN),
             N,
             mixtures,
             *parameters_BPN.stride(),
-            *target_BCN.stride(),
+            *target_TCN.stride(),
             grad_nll.stride(0),
             CHANNELS=target.shape[1],
             LEVELS=levels,

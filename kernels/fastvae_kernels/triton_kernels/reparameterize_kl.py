@@ -245,7 +245,7 @@ def backward(
     inputs: tuple[Tensor, ...] = () if out else (mu, logvar)
     if prior_mu is not None and prior_logvar is not None:
         inputs += (prior_mu, prior_logvar)
-    grads = out or ()
+    grads: tuple[Tensor, ...] = out or ()
     grads += tuple(torch.empty(x.shape, dtype=x.dtype, device=mu.device) for x in inputs)
     with on_device(mu):
         backward_kernel[(tiles.row_programs, tiles.column_programs)](
