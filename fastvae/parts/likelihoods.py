@@ -231,17 +231,15 @@ class GaussianOptimal(nn.Module):
         """The full density with its constant, `[B]` nats."""
         if not self.training:
             return gaussian_nll(
-            parameters, x, self.logvar, row_weight=_mean_weight(parameters), impl=impl
-        )
+                parameters, x, self.logvar, row_weight=_mean_weight(parameters), impl=impl
+            )
         error = mean_over_ranks((parameters.detach().float() - pixels(x)).square().mean())
         # Images that are met exactly would make σ² 0: half a pixel's step is as fine as they are.
         logvar = error.clamp(min=(0.5 / 255) ** 2).log()
         with torch.no_grad():
             self.steps += 1
             self.logvar.lerp_(logvar, torch.clamp(1.0 / self.steps, min=0.01))
-        return gaussian_nll(
-            parameters, x, logvar, row_weight=_mean_weight(parameters), impl=impl
-        )
+        return gaussian_nll(parameters, x, logvar, row_weight=_mean_weight(parameters), impl=impl)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """The decoder's output itself; not clipped to [0, 1]."""
@@ -407,4 +405,4 @@ def binarize(x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
 def _mean_weight(parameters: Tensor) -> float:
     """The gradient that each row's nll meets where their mean is the loss. Other objectives get the
     right gradient too, later."""
-    return 1.0 / len(parameters)
+    return 1.0 / max(1, len(parameters))
