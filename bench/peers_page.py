@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peers_cases import CANDIDATES, CASES
+from settings import ROOT
 
 from fastvae import figures
 
@@ -22,6 +23,9 @@ TITLES = {
     "pythae": "pythae 0.1.2",
     "limit": "matrix products alone",
 }
+
+MARKS = ("<!-- tables -->", "<!-- end of tables -->")
+"""In docs/speed.md, around what a run writes."""
 
 WORTH_A_ROW = 0.02
 """Less than this share is no difference that the allocator's setting makes."""
@@ -194,18 +198,20 @@ def _seconds(value: float | None) -> str:
 
 
 def write_page(results: Row, page: Path, picture: Path) -> None:
-    """docs/speed.md, from its words in speed.template.md and the tables of a run."""
-    words = (Path(__file__).parent / "speed.template.md").read_text()
+    """docs/speed.md with the tables of a run in place of those before, written to `page`."""
+    words = (ROOT / "docs/speed.md").read_text()
     machine = results["machine"]
     head = (
         f"{results['date'][:10]}, {machine['cpu']}, {results['cores']} cores, "
         f"torch {machine['versions']['torch']}, {results['data']}; {results['rounds']} rounds of "
-        f"{results['seconds']:g} s:"
+        f"{results['seconds']:g} s; medians, and in brackets the quartiles."
     )
-    body = "\n\n".join([head, *tables(results, "###")])
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(words.replace("TABLES", body))
     draw(results, picture)
+    shown = f"![Images per second of each]({picture.relative_to(page.parent)})"
+    body = "\n\n".join([head, shown, *tables(results, "###")])
+    before, rest = words.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    page.write_text(f"{before}{MARKS[0]}\n{body}\n{MARKS[1]}{after}")
 
 
 def draw(results: Row, path: Path) -> None:

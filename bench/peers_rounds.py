@@ -56,7 +56,7 @@ class Reading:
     loss: float
 
 
-def fastvae_config(case: Case, images: Path, run: Path, *, binarize: bool) -> Config:
+def fastvae_config(case: Case, images: Path, *, binarize: bool) -> Config:
     """The run of fastvae that is measured: with evaluations and checkpoints never due, as none of
     the others makes any."""
     return Config(
@@ -69,7 +69,6 @@ def fastvae_config(case: Case, images: Path, run: Path, *, binarize: bool) -> Co
             binarize="auto" if binarize else "none",
         ),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
-        output=run,
         epochs=1e6,
         batch_size=case.batch,
         mixed_precision=case.precision,
@@ -102,13 +101,12 @@ class Worker:
         self.beat = self.folder / "beat"
         self.is_fastvae = candidate.startswith("fastvae")
         if self.is_fastvae:
-            config = fastvae_config(
-                case, place.images, self.metrics.parent, binarize=candidate != "fastvae"
-            )
+            config = fastvae_config(case, place.images, binarize=candidate != "fastvae")
             config = replace(config, log_every=log_every or config.log_every)
             file = self.folder / "config.json"
             file.write_text(config.to_json())
             command = [sys.executable, "-m", "fastvae.cli", "train", "--config", str(file)]
+            command += ["--output", str(self.metrics.parent)]
         else:
             self.beat.write_bytes(bytes(LAYOUT.size))
             python = str(place.pythae) if candidate == "pythae" else sys.executable
@@ -187,7 +185,8 @@ class Worker:
 
     def own_rate(self, first: Reading, last: Reading) -> float:
         """Images per second between two readings as fastvae's own lines have it."""
-        lines = map(json.loads, self.metrics.read_text().splitlines())
+        whole = self.metrics.read_text().rpartition("\n")[0]  # the last may be being written
+        lines = map(json.loads, whole.splitlines())
         rates = [
             line["images_per_second"]
             for line in lines
