@@ -18,7 +18,7 @@ export TMPDIR := $(CACHE)/tmp
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: train test test-slow lint bench bench-gpu family clean
+.PHONY: train test test-slow lint bench bench-gpu bench-peers family clean
 
 train: $(READY)  ## train on the embedded digits; ARGS="--preset mnist-mlp --download" for others
 	$(LAUNCH) launch/train.py $(ARGS)
@@ -39,6 +39,9 @@ bench: $(READY)  ## throughput of each operator and of a training step
 
 bench-gpu: $(READY)  ## parity and every benchmark on a GPU, into bench/results/
 	$(BIN)/python bench/gpu.py $(ARGS)
+
+bench-peers: $(READY)  ## training beside pythae and others on a CPU, docs/speed.md written: an hour
+	$(BIN)/python bench/peers.py $(ARGS)
 
 family: $(READY)  ## every system trained and evaluated, docs/family.md written: hours
 	$(BIN)/python bench/family.py $(ARGS)
