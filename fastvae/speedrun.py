@@ -109,36 +109,30 @@ def run_seeds(arguments: argparse.Namespace) -> int:
     if arguments.runs.exists() and any(arguments.runs.iterdir()):
         raise UserError(f"{arguments.runs} holds runs: remove it, or choose another --runs")
     done: dict[int, dict[str, Any]] = {}
-    failed = []
+    seeds = range(arguments.seeds)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for seed, found in zip(
-            range(arguments.seeds),
-            pool.map(lambda seed: _timed(seed, arguments), range(arguments.seeds)),
-            strict=True,
-        ):
-            if found is None:
-                failed.append(str(seed))
-                continue
-            done[seed] = found
-            written = write(summary(done, arguments), arguments)
+        found_by = pool.map(lambda seed: _timed(seed, arguments), seeds)
+        for seed, found in zip(seeds, found_by, strict=True):
+            if found is not None:
+                done[seed] = found
+                written = write(summary(done, arguments), arguments)
     if done:
         print(f"\n{written.read_text()}\n{written}")
-    if failed:
-        print(f"failed: seed {', '.join(failed)}; see {arguments.runs}/*.log", file=sys.stderr)
-    return int(bool(failed))
+    return int(len(done) < len(seeds))
 
 
 def _timed(seed: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """One seed in a process of its own: what it found, and what the clock says from outside.
 
-    None if it failed; what it printed is in a log beside its folder.
+    None if it failed, which is said; what it printed is in a log beside its folder.
     """
     given = ["--seed", str(seed), "--samples", str(arguments.samples), "--runs", arguments.runs]
     given += ["--data", arguments.data] if arguments.data else []
     given += ["--data-dir", arguments.data_dir] if arguments.data_dir else []
     given += [f"--{name}" for name in ("quick", "download") if getattr(arguments, name)]
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    log = os.open(arguments.runs / f"seed-{seed}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    path = arguments.runs / f"seed-{seed}.log"
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     began = time.monotonic()
     process = os.posix_spawn(
         sys.executable,
@@ -150,6 +144,8 @@ def _timed(seed: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
     seconds = time.monotonic() - began
     os.close(log)
     if status:
+        last = path.read_text(errors="replace").strip().rpartition("\n")[2]
+        print(f"seed {seed} failed: {last} ({path})", file=sys.stderr, flush=True)
         return None
     found = json.loads((arguments.runs / f"seed-{seed}" / FOUND).read_text())
     print(f"seed {seed}: {found['nll']:.3f} nats after {seconds:.1f} s", flush=True)

@@ -15,7 +15,7 @@ ROUNDS = 5
 RMS_OF_ADAM = 0.2
 
 
-def layer_weights(model: nn.Module) -> list[nn.Parameter]:
+def layer_weights(model: nn.Module) -> list[Tensor]:
     """The weights of linear maps and convolutions: what Muon is for."""
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     return [module.weight for module in model.modules() if isinstance(module, kinds)]
@@ -65,8 +65,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
-        matrices: Iterable[nn.Parameter],
+        params: Iterable[Tensor],
+        matrices: Iterable[Tensor],
         *,
         lr: float,
         momentum: float = 0.95,
