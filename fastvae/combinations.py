@@ -42,6 +42,7 @@ _OBJECTIVE_OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
 _OPTIMIZER_OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lr_step_epochs": ("schedule", ("step",)),
     "lr_step_factor": ("schedule", ("step",)),
+    "momentum": ("optimizer", ("muon",)),
 }
 # What a network with random weights has in common with a VAE; the rest has no meaning for it.
 _OF_LABELS = {"target", "network", "hidden", "activation", "weight_std"}
@@ -217,6 +218,11 @@ def why_impossible(config: Config) -> str | None:
             return (
                 "--target labels has a prior of its weights already, which --weight-decay would "
                 "change: set it by --weight-std"
+            )
+        if config.optimizer.optimizer == "muon":
+            return (
+                "--optimizer muon is for the weights of layers, and --target labels learns "
+                "distributions of them: use --optimizer adam"
             )
         if model.network != "mlp":
             return "--target labels has fully connected networks: use --network mlp"

@@ -190,14 +190,17 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """How it is maximised. The learning rate is a function of the step alone."""
 
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """Adam, or Adam with decoupled weight decay."""
+    optimizer: Literal["adam", "adamw", "muon"] = "adam"
+    """Adam; Adam with decoupled weight decay; or Muon: orthogonalised momentum for the weights of
+    layers, adamw for the rest."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """Weight decay (decoupled with adamw, an L2 penalty with adam)."""
-    schedule: Literal["constant", "cosine", "step"] = "constant"
-    """After warm-up: constant, half a cosine down to 0 at the last step, or steps down."""
+    """Weight decay (decoupled with adamw and muon, an L2 penalty with adam)."""
+    schedule: Literal["constant", "cosine", "step", "stages"] = "constant"
+    """After warm-up: constant; half a cosine down to 0 at the last step; steps down; or 8 stages,
+    each 3 times as long as the one before, the first of one epoch, down to a tenth (Burda et al.
+    2016)."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises linearly to its peak."""
     lr_step_epochs: float = 10.0
@@ -208,6 +211,14 @@ class OptimizerConfig:
     """Clip the gradient's norm to this; 0 is off."""
     ema_decay: float = 0.0
     """Keep an exponential moving average of the weights and use it for results; 0 is off."""
+    beta1: float = 0.9
+    """Adam's decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Adam's decay of the mean of their squares."""
+    epsilon: float = 1e-8
+    """What Adam adds to the root of that."""
+    momentum: float = 0.95
+    """Muon's decay of the mean of gradients."""
 
     def __post_init__(self) -> None:
         _require(
@@ -221,6 +232,10 @@ class OptimizerConfig:
         _require(0 < self.lr_step_factor <= 1, "lr-step-factor", "in (0, 1]", self.lr_step_factor)
         _require(self.clip_norm >= 0, "clip-norm", "0 (off) or more", self.clip_norm)
         _require(0 <= self.ema_decay < 1, "ema-decay", "in [0, 1); 0 is off", self.ema_decay)
+        _require(0 <= self.beta1 < 1, "beta1", "in [0, 1)", self.beta1)
+        _require(0 <= self.beta2 < 1, "beta2", "in [0, 1)", self.beta2)
+        _require(0 < self.epsilon < float("inf"), "epsilon", "positive", self.epsilon)
+        _require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
 
 
 @dataclass(frozen=True)

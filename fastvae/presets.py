@@ -23,6 +23,10 @@ _RUN = {"epochs": 20.0, "eval_every": 5.0, "checkpoint_every": 5.0}
 _TANH = {"hidden": (200, 200), "activation": "tanh", "latent_dim": 50}  # Burda et al. 2016
 _LAMBDA = {"hidden": (512, 512), "latent_dim": 64, "likelihood": "gaussian", "variance": 0.098}
 _IWAE = {"objective": "importance-weighted"}
+_PAPER: dict[str, dict[str, Any]] = {
+    "optimizer": {"schedule": "stages", "beta1": 0.99, "beta2": 0.999, "epsilon": 1e-4},
+    "": {"batch_size": 20, "epochs": 3280.0, "eval_every": 20.0, "checkpoint_every": 20.0},
+}
 _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "vae":                {"model": _TANH},
     "autoencoder":        {"model": {**_LAMBDA, "posterior": "deterministic", "prior": "none"}},
@@ -61,6 +65,11 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "logistic-mixture":   {"data": {"data": "cifar10"}, "model": {"likelihood": "logistic-mixture", "network": "conv", "hidden": (256,), "activation": "silu", "latent_dim": 64}},  # noqa: E501
     # The setting of a published 89.8 nats (importance-weighted, 200 draws), 500 epochs long.
     "mnist-static-400":   {"model": {"hidden": (400,), "activation": "relu", "latent_dim": 40, "binarize": "static"}, "optimizer": {"learning_rate": 1e-4, "schedule": "step", "lr_step_epochs": 175.0, "lr_step_factor": 0.631}, "": {"batch_size": 100, "epochs": 500.0, "eval_every": 5.0, "checkpoint_every": 5.0}},  # noqa: E501
+    # Burda et al. 2016, table 1: their schedule, for the bound of one draw (k = 1) or of five.
+    "vae-paper":          {"model": _TANH, **_PAPER},
+    "iwae-paper":         {"model": _TANH, "objective": {**_IWAE, "num_samples": 5}, **_PAPER},
+    # To 86.76 nats in little time: docs/speedrun.md.
+    "mnist-speedrun":     {"model": _TANH, "objective": {**_IWAE, "num_samples": 5, "gradient": "doubly-reparameterized"}, "optimizer": {"optimizer": "muon", "learning_rate": 1e-2, "schedule": "cosine", "lr_warmup_steps": 200, "ema_decay": 0.999}, "": {"batch_size": 500, "epochs": 133.0, "eval_every": 133.0, "checkpoint_every": 133.0}},  # noqa: E501
 }
 # fmt: on
 

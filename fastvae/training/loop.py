@@ -30,6 +30,7 @@ from fastvae.training.compiler import should_compile, training_flops
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.log import RunLog
+from fastvae.training.muon import Muon, layer_weights
 from fastvae.training.replay import MOST_STEPS_PER_LAUNCH
 from fastvae.training.step import METRICS, TrainingStep
 from fastvae.training.updates import Updates
@@ -85,7 +86,7 @@ def train(
     names = quantity_names(model.likelihood.is_density, model.is_bound)
     objective = build_objective(config.objective, len(train_set))
     _check_together(model, objective, heldout_set, accelerator)
-    optimizer = _make_optimizer(config.optimizer, model)
+    optimizer = make_optimizer(config.optimizer, model)
     ema = EMA(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     final_model = ema.model if ema else model
 
@@ -357,15 +358,20 @@ def _require_finite(values: list[float], done: int, run: Path) -> None:
         )
 
 
-def _make_optimizer(config: OptimizerConfig, model: Model) -> torch.optim.Optimizer:
+def make_optimizer(config: OptimizerConfig, model: Model) -> torch.optim.Optimizer:
+    """Over all parameters of `model`; its learning rate is set anew at each step."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "muon":
+        matrices = layer_weights(model)
+        return Muon(model.parameters(), matrices, momentum=config.momentum, **settings)
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return cls(
-        model.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-        capturable=next(model.parameters()).is_cuda,
-    )
+    on_gpu = next(model.parameters()).is_cuda
+    return cls(model.parameters(), fused=True, capturable=on_gpu, **settings)
 
 
 def _line(

@@ -48,7 +48,7 @@ def fields(config: object) -> Iterator[str]:
 def test_help_of_train_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = ends(["train", "--help"], capsys)
     assert status == 0
-    words = set(re.findall(r"--[a-z][a-z-]*", text))
+    words = set(re.findall(r"--[a-z][a-z0-9-]*", text))
     expected = {f"--{name.replace('_', '-')}" for name in fields(Config())}
     assert not (expected | set(EVERYDAY)) - words
     assert all(name in text for name in PRESETS)

@@ -15,6 +15,7 @@ from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from fastvae.errors import UserError
 from fastvae.presets import PRESETS, preset
 from fastvae.training import train
+from fastvae.training.loop import make_optimizer
 from fastvae.training.schedule import learning_rate
 from fastvae.training.step import TrainingStep
 
@@ -142,6 +143,7 @@ CHANGED: dict[str, Any] = {
     "mmd_weight": 2.0,
     "lr_step_epochs": 3.0,
     "lr_step_factor": 0.1,
+    "momentum": 0.5,
 }
 # What else a choice or a setting needs, to be allowed.
 NEEDS: dict[tuple[str, Any], dict[str, Any]] = {
@@ -230,10 +232,12 @@ def made(**settings: Any) -> Any:
         parts[kind_of(name)][name] = value
     objective = build_objective(ObjectiveConfig(**parts[ObjectiveConfig]), 1000)
     optimizer = OptimizerConfig(**parts[OptimizerConfig])
+    built = build_model(ModelConfig(**parts[ModelConfig]), data, 4)
     return (
-        build_model(ModelConfig(**parts[ModelConfig]), data, 4).spec(),
+        built.spec(),
         objective.spec,  # type: ignore[attr-defined]
         [float(learning_rate(optimizer, torch.tensor(step), 100, 4)) for step in range(100)],
+        make_optimizer(optimizer, built).defaults,
     )
 
 

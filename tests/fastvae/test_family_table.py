@@ -29,6 +29,7 @@ from fastvae.presets import PRESETS, preset
 SCRIPT = REPOSITORY / "bench/family.py"
 BASES = {"digits-mlp", "digits-conv", "mnist-mlp", "mnist-conv"}
 BASES |= {"fashion-mnist-conv", "cifar10-conv", "bnn-digits"}
+BASES |= {"vae-paper", "iwae-paper", "mnist-speedrun"}  # of a page of their own, or days long
 NAMES = [system.preset for system in family_systems.SYSTEMS]
 
 

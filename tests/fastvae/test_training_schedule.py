@@ -50,6 +50,23 @@ def test_steps_down() -> None:
     assert rates([24, 25], per_epoch=12.5, **settings) == pytest.approx([0.1, 0.05])
 
 
+def test_stages_of_burda_et_al() -> None:
+    """Stage i = 0 … 7 lasts 3^i epochs at 10^(−i/7) of the peak: 3,280 epochs in all."""
+    per_epoch, first = 2.5, 0
+    for i in range(8):
+        steps = math.ceil(per_epoch * (3**i))
+        inside = [math.ceil(per_epoch * first), math.ceil(per_epoch * first) + steps // 2]
+        found = rates(inside, per_epoch=per_epoch, schedule="stages")
+        assert found == pytest.approx([0.1 * 10 ** (-i / 7)] * 2)
+        first += 3**i
+    assert first == 3280
+    at_changes = [1, 4, 13, 40, 121, 364, 1093]
+    for i, epoch in enumerate(at_changes):
+        found = rates([10 * epoch - 1, 10 * epoch], schedule="stages")
+        assert found == pytest.approx([0.1 * 10 ** (-i / 7), 0.1 * 10 ** (-(i + 1) / 7)])
+    assert rates([10**6], schedule="stages") == pytest.approx([0.01])
+
+
 def test_warm_up_longer_than_the_run() -> None:
     assert rates([0, 9], total=10, schedule="cosine", lr_warmup_steps=50) == pytest.approx(
         [0.002, 0.02]
