@@ -121,6 +121,11 @@ _RULES: list[Rule] = [
         "with --posterior inverse-autoregressive use --prior standard-normal or mixture",
     ),
     (
+        lambda m, o, c: m.inference == "table" and c.data.flip,
+        "--flip shows an image in two ways, and --inference table keeps one answer for it: leave "
+        "--flip out",
+    ),
+    (
         lambda m, o, c: m.inference == "table" and o.objective == "total-correlation",
         "--objective total-correlation compares images of one batch as the encoder sees them; "
         "with --inference table it is not supported: use --objective elbo",

@@ -27,6 +27,8 @@ class DataConfig:
     """1 for grey, 3 for colour. None: grey if every image is grey, else colour."""
     holdout: float = 0.1
     """Share of the images held out for evaluation where the source has no test split."""
+    flip: bool = False
+    """Mirror a training image left to right with probability 1/2, each time it is met."""
     train_limit: int | None = None
     """Train on the first so many training images only; None: all."""
     heldout_limit: int | None = None

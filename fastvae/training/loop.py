@@ -101,7 +101,7 @@ def train(
             )
 
     # The steps: compiled, distributed, replayed.
-    step_module = TrainingStep(model, objective, config.seed).to(device)
+    step_module = TrainingStep(model, objective, config.seed, config.data.flip).to(device)
     compiled, remark = _decide_to_compile(config, step_module, feed, accelerator, plan, state)
     updates = Updates(
         model,

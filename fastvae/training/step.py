@@ -3,8 +3,10 @@
 from typing import Protocol
 
 import torch
+from fastvae_kernels import uniform
 from torch import Tensor, nn
 
+from fastvae import noise as streams
 from fastvae.batch import Batch
 from fastvae.parts.objectives import Objective
 from fastvae.parts.terms import Terms
@@ -23,10 +25,12 @@ class Model(Protocol):
 class TrainingStep(nn.Module):
     """A batch in, a scalar to differentiate and the sums to log out."""
 
-    def __init__(self, model: Model, objective: Objective, seed: int) -> None:
+    def __init__(self, model: Model, objective: Objective, seed: int, flip: bool = False) -> None:
+        """`flip`: mirror each image left to right with probability 1/2."""
         super().__init__()
         self.model = model
         self.objective = objective
+        self.flip = flip
         self.seed: Tensor
         self.register_buffer("seed", torch.tensor(seed), persistent=False)
 
@@ -40,12 +44,22 @@ class TrainingStep(nn.Module):
         Returns:
             The mean loss (0-d, nats per row) and the sums over rows of `METRICS` (float64).
         """
+        if self.flip:
+            batch = batch._replace(x=mirrored(batch.x, self.seed, position))
         terms = self.model(batch, self.seed, position, self.objective.num_samples)
         positions = position + torch.arange(len(batch.x), device=batch.x.device)
         loss = self.objective(terms, positions, self.seed)
         nll = terms.nll.detach().mean(0)
         sums = torch.stack([loss.detach().sum(), nll.sum(), terms.kl.detach().sum()])
         return loss.mean(), sums.double()
+
+
+def mirrored(x: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
+    """Images `[B, C, H, W]`, each left to right with probability 1/2: row b is a function of
+    (seed, offset + b)."""
+    seed = streams.stream(seed, streams.FLIP)  # type: ignore[assignment]
+    draws = uniform((len(x), 1, 1, 1), seed, offset=offset, device=x.device)
+    return torch.where(draws < 0.5, x.flip(-1), x)
 
 
 class FedStep(nn.Module):

@@ -12,6 +12,7 @@ from fastvae import Batch, combinations
 from fastvae.build import build_model, build_objective
 from fastvae.combinations import why_impossible, why_unread
 from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, from_json
+from fastvae.data import DataConfig
 from fastvae.errors import UserError
 from fastvae.presets import PRESETS, preset
 from fastvae.training import train
@@ -66,6 +67,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], list[str]]] = [
     ({"prior": "vamp", "conditional": True}, ["--prior vamp", "--conditional"]),
     ({"prior": "vamp", "inference": "table"}, ["--prior vamp", "--inference table"]),
     (FLOW | {"prior": "vamp"}, ["--prior vamp", "--posterior inverse-autoregressive"]),
+    ({"inference": "table", "data": DataConfig(flip=True)}, ["--flip", "--inference table"]),
     (
         {"inference": "table", "objective": "total-correlation"},
         ["--objective total-correlation", "--inference table"],

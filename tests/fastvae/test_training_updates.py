@@ -19,7 +19,7 @@ from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.loop import make_optimizer
 from fastvae.training.replay import Replay, steps_per_launch
-from fastvae.training.step import TrainingStep
+from fastvae.training.step import TrainingStep, mirrored
 from fastvae.training.updates import Updates
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def make(config: Config, digits: ImageSet, compiled: bool = False, done: int = 0
     feed = Feed(digits, 0, CPU, samples_ahead=64 * config.batch_size)
     return Updates(
         model,
-        TrainingStep(model, objective, 0),
+        TrainingStep(model, objective, 0, config.data.flip),
         feed,
         make_optimizer(config.optimizer, model),
         EMA(model, 0.99) if config.optimizer.ema_decay else None,
@@ -102,8 +102,10 @@ STEPS = {
     "optimal variance": replace(
         CONFIG, model=replace(SMALL, likelihood="gaussian", variance="optimal")
     ),
-    "conv, conditional": replace(
-        CONFIG, model=replace(SMALL, network="conv", widths=(4,), conditional=True)
+    "conv, conditional, mirrored": replace(
+        CONFIG,
+        data=DataConfig(flip=True),
+        model=replace(SMALL, network="conv", widths=(4,), conditional=True),
     ),
     "stages": replace(CONFIG, optimizer=OptimizerConfig(schedule="stages", beta1=0.99)),
     "muon": replace(CONFIG, optimizer=OptimizerConfig(optimizer="muon")),
@@ -154,7 +156,9 @@ def _forget_compiled_code() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-COMPILED = {name: STEPS[name] for name in ("plain", "conv, conditional", "optimal variance")}
+COMPILED = {
+    name: STEPS[name] for name in ("plain", "conv, conditional, mirrored", "optimal variance")
+}
 
 
 @pytest.mark.parametrize("one_graph", [True, False])
@@ -182,7 +186,7 @@ def test_200_compiled_steps_are_200_plain_steps(
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_have_the_layout_of_their_weights(compiled: bool, digits: ImageSet) -> None:
     """A fused optimizer goes through both in the order of memory."""
-    updates = make(STEPS["conv, conditional"], digits, compiled=compiled)
+    updates = make(STEPS["conv, conditional, mirrored"], digits, compiled=compiled)
     seen = []
     step = updates.optimizer.step
 
@@ -293,3 +297,15 @@ def test_one_graph_is_asked_of_the_compiler_only_where_it_can(
 ) -> None:
     monkeypatch.setattr(torch._dynamo, "config", object())
     assert compiler.gradients_in_one_graph(torch.nn.Identity(), [], None) is None  # type: ignore[arg-type]
+
+
+def test_mirrored_images() -> None:
+    """About half of them, always the same for a place in the run, the rest untouched."""
+    x = torch.arange(400 * 2 * 3 * 5).view(400, 2, 3, 5).to(torch.uint8)
+    seed = torch.tensor(3)
+    found = mirrored(x, seed, torch.tensor(0))
+    same = (found == x).flatten(1).all(1)
+    assert torch.equal(found[~same], x[~same].flip(-1))
+    assert 150 < same.sum() < 250
+    assert torch.equal(mirrored(x[100:], seed, torch.tensor(100)), found[100:])
+    assert not torch.equal(mirrored(x, seed, torch.tensor(1)), found)
