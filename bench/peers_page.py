@@ -158,7 +158,7 @@ def _table(rows: Row) -> Iterator[str]:
         middle = Middle.of(rates(rows[name]))
         first = found["seconds_to_first_step"]
         cells = [
-            TITLES[name] + (f" ({variant.replace('-', ' ')})" if variant else ""),
+            TITLES[name] + (f" ({variant.replace('-', ' ')})" if len(rows[name]) > 1 else ""),
             f"{middle.median:,.0f} [{middle.q1:,.0f}–{middle.q3:,.0f}]",
             _ratio(ratio(rows[name], rows.get("pythae"))),
             _percent(ratio(rows[name], rows.get("limit"))),

@@ -90,7 +90,7 @@ def test_all_multiply_as_much(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "variant"), [("mlp", ""), ("conv", "contiguous"), ("conv", "channels-last")]
+    ("model", "variant"), [("mlp", "contiguous"), ("conv", "contiguous"), ("conv", "channels-last")]
 )
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_limit_is_exactly_the_products_of_the_network(
@@ -327,7 +327,7 @@ def test_a_candidate_that_cannot_start_says_why(tmp_path: Path) -> None:
     place.images.write_bytes(b"no images")
     case = CASES["mlp-128-float32"]
     with (
-        peers_rounds.Worker("limit", "", case, place, tmp_path) as worker,
+        peers_rounds.Worker("limit", "contiguous", case, place, tmp_path) as worker,
         pytest.raises(peers_rounds.Failed, match="ended with status 1"),
     ):
         peers_rounds.seconds_to_first_step(worker)
