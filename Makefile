@@ -40,7 +40,7 @@ bench: $(READY)  ## throughput of each operator and of a training step
 bench-gpu: $(READY)  ## parity and every benchmark on a GPU, into bench/results/
 	$(BIN)/python bench/gpu.py $(ARGS)
 
-bench-peers: $(READY)  ## training beside pythae and others on a CPU, docs/speed.md written: an hour
+bench-peers: $(READY)  ## training beside pythae and others on a CPU, into docs/speed.md: an hour
 	$(BIN)/python bench/peers.py $(ARGS)
 
 family: $(READY)  ## every system trained and evaluated, docs/family.md written: hours

@@ -200,7 +200,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, help="where MNIST lies (default: random digit-like images)")
     names = [*CANDIDATES, *CASES]
     add("--only", nargs="+", choices=names, default=[], metavar="NAME", help=f"of {names}")
-    add("--rounds", type=int, help="interleaved rounds (default: 7; with --quick 2)")
+    add("--rounds", type=int, help="interleaved rounds (default: 5; with --quick 2)")
     add("--seconds", type=float, help="of each turn that is measured (default: 5; quick 0.3)")
     add("--warm", type=float, help="seconds of each turn before that (default: 1; quick 0.1)")
     add("--cores", type=int, default=2, help="use so many (default: 2)")
@@ -209,7 +209,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--page", type=Path, metavar="JSON", help="only write docs/speed.md anew, from these")
     arguments = parser.parse_args(argv)
     quick = arguments.quick
-    for name, value in {"rounds": (7, 2), "seconds": (5.0, 0.3), "warm": (1.0, 0.1)}.items():
+    for name, value in {"rounds": (5, 2), "seconds": (5.0, 0.3), "warm": (1.0, 0.1)}.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value[quick])
         if getattr(arguments, name) <= 0:

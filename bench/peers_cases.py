@@ -44,8 +44,8 @@ CASES = {
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "fastvae": ("",),
     "fastvae-binarized": ("",),
-    "hand-written": ("two-graphs", "one-graph"),
-    "hand-written-allocator": ("two-graphs", "one-graph"),
+    "hand-written": ("two-graphs", "one-graph", "channels-last"),
+    "hand-written-allocator": ("two-graphs", "one-graph", "channels-last"),
     "accelerate": ("0-workers", "2-workers"),
     "script": ("0-workers", "2-workers"),
     "pythae": ("0-workers", "2-workers"),
@@ -56,7 +56,8 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 
 def variants(candidate: str, case: Case) -> tuple[str, ...]:
     """Those that differ in this case: channels come last in convolutions alone."""
-    return ("",) if candidate == "limit" and case.model == "mlp" else CANDIDATES[candidate]
+    convolves = case.model == "conv"
+    return tuple(v for v in CANDIDATES[candidate] if convolves or v != "channels-last")
 
 
 # ------------------------------------------------------------------------------- the network

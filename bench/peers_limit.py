@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Call = Callable[[], object]
 
 
-def products(case: Case, variant: str = "") -> list[Call]:
+def products(case: Case, variant: str = "contiguous") -> list[Call]:
     """One call for each product of a step: forward, of the weights' and of the inputs' gradients.
 
     Shapes are taken from a pass through the network itself; the pixels need no gradient. Products

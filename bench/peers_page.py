@@ -1,17 +1,15 @@
-"""What `peers.py` found, as arithmetic, tables, a figure and the page docs/speed.md."""
+"""What `peers.py` found as tables, a figure and the page docs/speed.md."""
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from peers_cases import CANDIDATES, CASES
+from peers_cases import CANDIDATES
+from peers_ratios import TARGETS, Middle, Row, best, own_deviation, rates, ratio, reached
 from settings import ROOT
 
 from fastvae import figures
-
-Row = dict[str, Any]
 
 TITLES = {
     "fastvae": "fastvae train",
@@ -30,81 +28,8 @@ MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 WORTH_A_ROW = 0.02
 """Less than this share is no difference that the allocator's setting makes."""
 
-
-class Middle(NamedTuple):
-    """The median over rounds, and the quartiles."""
-
-    median: float
-    q1: float
-    q3: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Middle":
-        if len(values) < 2:
-            return cls(*(3 * list(values)))
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, q1, q3)
-
-
-# -------------------------------------------------------------------------------- arithmetic
-
-
-def rates(row: Row | None) -> list[float]:
-    """Images per second of the better variant in each round; none where there is no row."""
-    return [turn["images_per_second"] for turn in best(row)[1]["turns"]] if row else []
-
-
-def best(row: Row) -> tuple[str, Row]:
-    """The variant with the highest median, by name."""
-    return max(
-        row.items(),
-        key=lambda item: statistics.median(t["images_per_second"] for t in item[1]["turns"]),
-    )
-
-
-def ratio(a: Row | None, b: Row | None) -> Middle | None:
-    """How many times as fast a is as b, round by round."""
-    pairs = list(zip(rates(a), rates(b), strict=False))
-    return Middle.of([x / y for x, y in pairs]) if pairs else None
-
-
-def faster_by_hand(rows: Row) -> Row | None:
-    """The hand-written candidate, with or without our allocator setting."""
-    found = [rows[n] for n in ("hand-written", "hand-written-allocator") if n in rows]
-    return max(found, key=lambda row: statistics.median(rates(row)), default=None)
-
-
-def own_deviation(row: Row) -> float:
-    """How far fastvae's own figures lie from the wall clock's, at most, as a share."""
-    turns = [turn for variant in row.values() for turn in variant["turns"]]
-    return max(abs(t["own_images_per_second"] / t["images_per_second"] - 1) for t in turns)
-
-
-class Target(NamedTuple):
-    """One thing that was set out to be reached."""
-
-    text: str
-    case: str
-    against: str
-    least: float
-
-
-TARGETS = (
-    Target("2.6 times pythae", "mlp-128-float32", "pythae", 2.6),
-    Target("2.6 times pythae", "mlp-512-float32", "pythae", 2.6),
-    Target("3.6 times pythae (its float32)", "mlp-512-bf16", "pythae", 3.6),
-    Target("1.8 times pythae (its float32)", "conv-128-bf16", "pythae", 1.8),
-    Target("70 % of the matrix products alone", "mlp-512-float32", "limit", 0.7),
-    *(Target("no slower than hand-written", case, "hand-written", 1.0) for case in CASES),
-)
-
-
-def reached(target: Target, cases: dict[str, Row]) -> Middle | None:
-    """What was measured against a target; None where it was not."""
-    rows = cases.get(target.case, {}).get("rows", {})
-    by_hand = target.against == "hand-written"
-    rival = faster_by_hand(rows) if by_hand else rows.get(target.against)
-    return ratio(rows.get("fastvae"), rival)
+DOUBTFUL = 0.02
+"""Two clocks that differ by more than this share do not measure the same."""
 
 
 # ------------------------------------------------------------------------------------ tables
@@ -137,15 +62,17 @@ def tables(results: Row, level: str = "##") -> Iterator[str]:
         if case["rows"]:
             yield "\n".join(_table(case["rows"]))
         for row in ("fastvae", "fastvae-binarized"):
-            if row in case["rows"] and (deviation := own_deviation(case["rows"][row])) > 0.02:
-                yield (
-                    f"**The figures that {TITLES[row]} logs lie up to {deviation:.1%} from the "
-                    "wall clock's.**"
-                )
+            if row in case["rows"]:
+                yield _clocks(TITLES[row], own_deviation(case["rows"][row]))
         for failed, why in case["failures"].items():
             yield f"Failed: {failed}\n\n```\n{why}\n```"
     yield f"{level} Targets"
     yield "\n".join(_targets(results["cases"]))
+
+
+def _clocks(title: str, deviation: float) -> str:
+    text = f"What {title} logs lies within {deviation:.1%} of the wall clock's images/s."
+    return f"**{text}**" if deviation > DOUBTFUL else text
 
 
 def _table(rows: Row) -> Iterator[str]:
@@ -158,7 +85,7 @@ def _table(rows: Row) -> Iterator[str]:
         middle = Middle.of(rates(rows[name]))
         first = found["seconds_to_first_step"]
         cells = [
-            TITLES[name] + (f" ({variant.replace('-', ' ')})" if variant else ""),
+            TITLES[name] + (f" ({variant.replace('-', ' ')})" if len(rows[name]) > 1 else ""),
             f"{middle.median:,.0f} [{middle.q1:,.0f}–{middle.q3:,.0f}]",
             _ratio(ratio(rows[name], rows.get("pythae"))),
             _percent(ratio(rows[name], rows.get("limit"))),

@@ -172,8 +172,8 @@ class Worker:
         """The first reading of more images than so many. Raises Failed."""
         deadline = time.monotonic() + PATIENCE
         while (now := self.read()).images <= images:
-            if self.process.poll() is not None:
-                raise Failed(f"ended with status {self.process.returncode}:\n{self.last_words()}")
+            if self._has_ended():
+                raise Failed(f"ended with status {self.process.wait()}:\n{self.last_words()}")
             if time.monotonic() > deadline:
                 raise Failed(f"no step in {PATIENCE:.0f} s:\n{self.last_words()}")
             time.sleep(POLL)
@@ -193,6 +193,11 @@ class Worker:
             if first.images < line["step"] * self.batch <= last.images
         ]
         return len(rates) / sum(1 / rate for rate in rates)  # lines are of as many images each
+
+    def _has_ended(self) -> bool:
+        """Without `poll`, which keeps its lock if a signal ends the benchmark inside of it."""
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.process.pid, flags) is not None
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):  # it has ended, as the next reading says
