@@ -182,7 +182,7 @@ def summary(done: dict[int, dict[str, Any]], arguments: argparse.Namespace) -> d
         },
         "reached": sum(found["nll"] <= TARGET for found in done.values()),
         "seeds": done,
-        "config": json.loads(config.to_json()),
+        "config": json.loads(replace(config, output=None).to_json()),
     }
 
 
