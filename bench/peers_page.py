@@ -28,6 +28,9 @@ MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 WORTH_A_ROW = 0.02
 """Less than this share is no difference that the allocator's setting makes."""
 
+BUSY = 0.25
+"""A load average above this share of the cores spoils a measurement."""
+
 DOUBTFUL = 0.02
 """Two clocks that differ by more than this share do not measure the same."""
 
@@ -57,6 +60,8 @@ def tables(results: Row, level: str = "##") -> Iterator[str]:
         yield "**A quick run at tiny sizes: no number in it means anything.**"
     elif results["rounds"] < 5:
         yield f"**Only {results['rounds']} round(s): a trial, not a measurement.**"
+    if (load := results["load_before"]) > BUSY * results["cores"]:
+        yield f"**Others were at work on the machine (load average {load:.1f} before the start).**"
     for name, case in results["cases"].items():
         yield f"{level} {name}"
         if case["rows"]:
