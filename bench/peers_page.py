@@ -45,7 +45,7 @@ def to_markdown(results: Row) -> str:
     parts = [
         f"# Peers on {machine['device']}, {results['date'][:10]}",
         f"`{results['command']}`, {results['date']}",
-        f"{machine['cpu']}, {results['cores']} cores; {machine['system']}; {versions}. "
+        f"{machine['cpu']}, {results['cores']} core(s); {machine['system']}; {versions}. "
         f"{results['data']}. {results['rounds']} rounds of {results['seconds']:g} s after "
         f"{results['warm']:g} s of warming up, all candidates of a configuration taking turns in "
         "each; medians, and in brackets the quartiles.",
@@ -134,7 +134,7 @@ def write_page(results: Row, page: Path, picture: Path) -> None:
     words = (ROOT / "docs/speed.md").read_text()
     machine = results["machine"]
     head = (
-        f"{results['date'][:10]}, {machine['cpu']}, {results['cores']} cores, "
+        f"{results['date'][:10]}, {machine['cpu']}, {results['cores']} core(s), "
         f"torch {machine['versions']['torch']}, {results['data']}; {results['rounds']} rounds of "
         f"{results['seconds']:g} s; medians, and in brackets the quartiles."
     )
