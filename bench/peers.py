@@ -80,6 +80,7 @@ def _run(arguments: argparse.Namespace, work: Path, cores: int, given: Sequence[
         "seconds": arguments.seconds,
         "warm": arguments.warm,
         "cores": cores,
+        "load_before": os.getloadavg()[0],
         "data": data,
         "machine": describe(torch.device("cpu")),
         "cases": {},
@@ -159,9 +160,9 @@ def _start(
     return worker, first
 
 
-def _require_learning(loss: float) -> None:
-    """NaN is a loss that nobody has looked at yet, or that there is not (the products alone)."""
-    if loss > UNTRAINED:
+def _require_learning(loss: float | None) -> None:
+    """None is a loss that nobody has looked at yet, or that there is not (the products alone)."""
+    if loss is not None and loss > UNTRAINED:
         raise Failed(f"its loss is {loss:.1f}: it does not learn")
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 Beat = Any
 """`peers_worker.Beat`"""
 
-STEPS_BETWEEN_LOOKS = 500
+STEPS_BETWEEN_LOOKS = 200
 """How often a loop without `.item()` looks at its loss after all, to see that it learns."""
 
 

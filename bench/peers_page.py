@@ -28,6 +28,9 @@ MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 WORTH_A_ROW = 0.02
 """Less than this share is no difference that the allocator's setting makes."""
 
+BUSY = 0.25
+"""A load average above this share of the cores spoils a measurement."""
+
 DOUBTFUL = 0.02
 """Two clocks that differ by more than this share do not measure the same."""
 
@@ -42,7 +45,7 @@ def to_markdown(results: Row) -> str:
     parts = [
         f"# Peers on {machine['device']}, {results['date'][:10]}",
         f"`{results['command']}`, {results['date']}",
-        f"{machine['cpu']}, {results['cores']} cores; {machine['system']}; {versions}. "
+        f"{machine['cpu']}, {results['cores']} core(s); {machine['system']}; {versions}. "
         f"{results['data']}. {results['rounds']} rounds of {results['seconds']:g} s after "
         f"{results['warm']:g} s of warming up, all candidates of a configuration taking turns in "
         "each; medians, and in brackets the quartiles.",
@@ -57,6 +60,8 @@ def tables(results: Row, level: str = "##") -> Iterator[str]:
         yield "**A quick run at tiny sizes: no number in it means anything.**"
     elif results["rounds"] < 5:
         yield f"**Only {results['rounds']} round(s): a trial, not a measurement.**"
+    if (load := results["load_before"]) > BUSY * results["cores"]:
+        yield f"**Others were at work on the machine (load average {load:.1f} before the start).**"
     for name, case in results["cases"].items():
         yield f"{level} {name}"
         if case["rows"]:
@@ -129,7 +134,7 @@ def write_page(results: Row, page: Path, picture: Path) -> None:
     words = (ROOT / "docs/speed.md").read_text()
     machine = results["machine"]
     head = (
-        f"{results['date'][:10]}, {machine['cpu']}, {results['cores']} cores, "
+        f"{results['date'][:10]}, {machine['cpu']}, {results['cores']} core(s), "
         f"torch {machine['versions']['torch']}, {results['data']}; {results['rounds']} rounds of "
         f"{results['seconds']:g} s; medians, and in brackets the quartiles."
     )

@@ -7,6 +7,7 @@ metrics.jsonl of its run, the others in a few bytes of shared memory (`peers_wor
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -225,7 +226,8 @@ def take_turn(worker: Worker, *, warm: float, seconds: float) -> dict[str, Any]:
     finally:
         worker.stop()
     rate = (last.images - first.images) / (last.seconds - first.seconds)
-    turn = {"images_per_second": rate, "loss": last.loss}
+    loss = None if math.isnan(last.loss) else last.loss  # nobody has looked at it yet
+    turn = {"images_per_second": rate, "loss": loss}
     if worker.is_fastvae:
         turn["own_images_per_second"] = worker.own_rate(first, last)
     return turn

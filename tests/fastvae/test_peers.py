@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -168,6 +167,7 @@ def results_of(**rows: dict[str, Any]) -> dict[str, Any]:
         "seconds": 5.0,
         "warm": 1.0,
         "cores": 2,
+        "load_before": 0.1,
         "data": "MNIST",
         "machine": {"device": "CPU", "cpu": "CPU", "system": "S", "versions": {"torch": "9"}},
         "cases": {"mlp-512-float32": {"rows": named, "failures": {"script 0-workers": "broke"}}},
@@ -227,10 +227,12 @@ def test_a_clock_that_flatters_is_told_of() -> None:
     assert "**What" not in peers_page.to_markdown(results_of(fastvae=row(9, 9, own=1.01)))
 
 
-def test_few_rounds_are_called_a_trial() -> None:
+def test_a_trial_and_a_busy_machine_are_named() -> None:
     results = results_of(fastvae=row(9, 9))
     assert "a trial" not in peers_page.to_markdown(results)
     assert "a trial" in peers_page.to_markdown(results | {"rounds": 1})
+    assert "Others were" not in peers_page.to_markdown(results)
+    assert "Others were" in peers_page.to_markdown(results | {"load_before": 1.7})
     assert "means anything" in peers_page.to_markdown(results | {"quick": True})
 
 
@@ -260,7 +262,7 @@ def test_only_divides_into_candidates_and_configurations() -> None:
 
 def test_who_does_not_learn_has_no_speed() -> None:
     peers._require_learning(100.0)
-    peers._require_learning(math.nan)  # not looked at
+    peers._require_learning(None)  # not looked at
     with pytest.raises(peers_rounds.Failed, match="does not learn"):
         peers._require_learning(544.0)
 
@@ -319,6 +321,7 @@ def test_a_candidate_works_in_its_turn_only_and_ends(tmp_path: Path) -> None:
         turn = peers_rounds.take_turn(worker, warm=0.05, seconds=0.2)
         after = worker.read()
         assert after.images > halted.images
+        assert json.loads(json.dumps(turn, allow_nan=False)) == turn
         # The time that it was halted is in no turn.
         counted = turn["images_per_second"] * 0.2
         assert 0 < counted < 2 * (after.images - halted.images)
