@@ -128,7 +128,7 @@ def train(
     if remark:
         log.say(remark)
     if accelerator.is_main_process:  # what a checkpoint holds is the sum over all processes
-        updates.sums.copy_(torch.tensor(state["pending"]))
+        updates.sums.copy_(torch.tensor(state["pending"], dtype=torch.float64))
     summed_images: int = state["pending_images"]
     result: Evaluation | None = None
 

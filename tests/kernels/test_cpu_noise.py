@@ -60,6 +60,7 @@ def forgotten():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch, forgotten):
+    monkeypatch.delenv("FASTVAE_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTVAE_NO_C", raising=False)
     return tmp_path / "fastvae" / "kernels"
@@ -304,7 +305,7 @@ def in_a_process(code: str, cache: Path, **environment: str) -> subprocess.Compl
         env={
             **os.environ,
             "PYTHONPATH": path,
-            "XDG_CACHE_HOME": str(cache.parent.parent),
+            "FASTVAE_CACHE_DIR": str(cache.parent),
             **environment,
         },
         capture_output=True,
@@ -351,6 +352,7 @@ def test_a_broken_compiler(cache, tmp_path, monkeypatch, caplog, way):
 @needs_compiler
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, forgotten):
     (tmp_path / "file").touch()
+    monkeypatch.delenv("FASTVAE_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert philox._c_code() is None
     assert draws()
