@@ -145,7 +145,8 @@ def _timed(seed: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
     os.close(log)
     if status:
         last = path.read_text(errors="replace").strip().rpartition("\n")[2]
-        print(f"seed {seed} failed: {last} ({path})", file=sys.stderr, flush=True)
+        code = os.waitstatus_to_exitcode(status)  # below 0: the signal that ended it
+        print(f"seed {seed} failed ({code}): {last} ({path})", file=sys.stderr, flush=True)
         return None
     found = json.loads((arguments.runs / f"seed-{seed}" / FOUND).read_text())
     print(f"seed {seed}: {found['nll']:.3f} nats after {seconds:.1f} s", flush=True)

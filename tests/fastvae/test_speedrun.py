@@ -50,7 +50,7 @@ def test_a_seed_that_fails(tmp_path: Path) -> None:
     flags = ["--quick", "--seeds", "1", "--data", "nowhere.npz"]
     done = run_process([sys.executable, SCRIPT, *flags], tmp_path)
     assert done.returncode == 1
-    assert "seed 0 failed: speedrun: there is no file or folder nowhere.npz" in done.stderr
+    assert "seed 0 failed (2): speedrun: there is no file or folder nowhere.npz" in done.stderr
     assert not list(tmp_path.glob("runs/speedrun-quick/*.md"))
 
 
