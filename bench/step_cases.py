@@ -15,10 +15,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from fastvae.build import build_model, build_objective
-from fastvae.config import ModelConfig, ObjectiveConfig
+from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from fastvae.data import ImageSet
 from fastvae.training.feed import Feed
-from fastvae.training.step import METRICS, TrainingStep
+from fastvae.training.loop import make_optimizer
+from fastvae.training.replay import MOST_STEPS_PER_LAUNCH
+from fastvae.training.step import TrainingStep
+from fastvae.training.updates import Updates
 
 Step = Callable[[], Tensor]
 """Takes one optimizer step on the next batch and returns its loss, on the device."""
@@ -63,33 +66,30 @@ def digit_like_images(count: int, device: torch.device) -> Tensor:
 def fastvae_step(
     case: StepCase, images: Tensor, accelerator: Accelerator, *, compiled: bool
 ) -> Step:
-    """What `fastvae.training.train` does in a step, line by line, accelerate included."""
+    """What `fastvae.training.train` takes its steps with."""
     device = images.device
     train_set = ImageSet(images, None, "random")
-    vae = build_model(MODELS[case.model], train_set, case.batch).to(device)
-    feed = Feed(train_set, seed=0, device=device)
-    step_module = TrainingStep(vae, build_objective(ObjectiveConfig(), len(images)), seed=0)
-    step_module.to(device)
-    if compiled:
-        step_module.compile(fullgraph=True, dynamic=False)
-    adam = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, fused=True)
-    model, optimizer = accelerator.prepare(step_module, adam)
-    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-    position = 0
+    config = Config(model=MODELS[case.model], batch_size=case.batch)
+    vae = build_model(config.model, train_set, case.batch).to(device)
+    vae.to(memory_format=torch.channels_last)
+    objective = build_objective(ObjectiveConfig(), len(images))
+    updates = Updates(
+        vae,
+        TrainingStep(vae, objective, seed=0).to(device),
+        Feed(train_set, 0, device, samples_ahead=MOST_STEPS_PER_LAUNCH * case.batch),
+        make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE), vae),
+        None,
+        accelerator,
+        config,
+        total_steps=10**9,
+        done=0,
+        compiled=compiled,
+    )
 
     def step() -> Tensor:
-        nonlocal position
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE
-        batch = feed.batch(position, case.batch)
-        with accelerator.accumulate(model):
-            loss, part_sums = model(batch, torch.full((), position, device=device))
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        sums.add_(part_sums)
-        position += case.batch
-        return loss.detach()
+        updates.sums.zero_()
+        updates.advance(1)
+        return updates.sums[0] / case.batch
 
     return step
 
