@@ -109,6 +109,7 @@ def run(settings: Settings) -> dict[str, Any]:
     figure = save_figure(rows, settings.figure) if settings.figure and rows else ""
     return {
         "figure": figure,
+        "threads": 1 if settings.device.type == "cpu" else None,
         "tolerance": TOLERANCE,
         "fitted": FITTED,
         "rows": rows,

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bare import MISSING
 from settings import ROOT, Settings
 
 # Of the training step, on a GPU. They do without conftest.py, which needs the command line's
@@ -111,7 +112,7 @@ def _counted(report: Path) -> dict[str, Any]:
 
 def _not_importable() -> dict[str, str]:
     """Modules of the library that do not import here, and the reason (a package not installed)."""
-    missing = {}
+    missing = dict.fromkeys(MISSING, "not installed; what imports it is given a stand-in")
     for package in ("fastvae_kernels", "fastvae"):
         try:
             path = importlib.import_module(package).__path__
