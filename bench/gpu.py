@@ -4,7 +4,9 @@
 
 Runs the parity tests first; without them green no speed is measured. Writes
 gpu-NAME-DATE.json and .md into --output, the folder that the environment variable OUT names, or
-bench/results. `--device cpu --quick` tries the same code at tiny sizes where there is no GPU.
+bench/results. Needs torch, triton, accelerate, numpy, pytest, scipy, safetensors and
+huggingface_hub; what needs another package is left out and named. `--device cpu --quick` tries the
+same code at tiny sizes where there is no GPU.
 Status: 0, 1 if a section failed, 2 if there is no GPU.
 """
 
@@ -18,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,24 @@ import torch
 from settings import ROOT, Settings
 
 # Each with the share of the time that is left when it begins that it may take.
-SECTIONS = {"parity": 1.0, "copy": 1.0, "limits": 1.0, "step": 0.4, "ops": 0.8, "mnist": 1.0}
-NEEDS_PARITY = ("step", "ops", "mnist")
+SECTIONS = {
+    "parity": 1.0,
+    "copy": 1.0,
+    "step": 0.45,
+    "memory": 0.2,
+    "growth": 0.3,
+    "ops": 0.8,
+    "mnist": 1.0,
+    "limits": 1.0,
+}
+# Which of the parity tests must be green before each is measured.
+NEEDS = {
+    "ops": ("kernels",),
+    "memory": ("kernels",),
+    "step": ("kernels", "replay"),
+    "growth": ("kernels", "replay"),
+    "mnist": ("kernels", "replay"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Runs from a source tree too, installed or not.
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    from bare import MISSING  # before fastvae
     from machine import describe
     from report import short_table, to_markdown
 
@@ -53,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "quick": arguments.quick,
         "rounds": arguments.rounds,
         "machine": describe(device),
+        "missing": MISSING,
         "sections": {},
     }
     path = _result_path(arguments, results)
@@ -67,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tests=tuple(arguments.tests),
             mnist_dir=arguments.mnist_dir,
             deadline=deadline,
+            cases=tuple(arguments.cases),
+            figure=arguments.figure or path.with_name(f"{path.name}-growth.png"),
         )
         section = _run_section(name, settings, results)
         section["section_seconds"] = round(time.monotonic() - began, 1)
@@ -85,10 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_section(name: str, settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
     """The section's results with its status: ok, failed (and why), or skipped (and why)."""
     done = results["sections"]
-    if name == "mnist" and settings.mnist_dir is None:
-        return {"status": "skipped", "why": "no --mnist-dir"}
-    if name in NEEDS_PARITY and done.get("parity", {}).get("status") == "failed":
-        return {"status": "skipped", "why": "the parity tests are not green: no speed is reported"}
+    if name == "mnist" and (why := _why_no_mnist(settings, results["missing"])):
+        return {"status": "skipped", "why": why}
+    if name == "limits" and settings.seconds_left < 30:
+        why = "no time left; `python bench/limits.py` needs no GPU"
+        return {"status": "skipped", "why": why}
+    red = done.get("parity", {}).get("red", {})
+    if not_green := [tests for tests in NEEDS.get(name, ()) if red.get(tests, "not run")]:
+        why = f"parity tests not green ({', '.join(not_green)}): no speed is reported"
+        return {"status": "skipped", "why": why}
     try:
         found = RUN[name](settings, results)
     except Exception as error:
@@ -99,6 +127,14 @@ def _run_section(name: str, settings: Settings, results: dict[str, Any]) -> dict
     if failures and name != "parity":
         return {**found, "status": "failed", "error": "\n".join(failures)}
     return {**found, "status": "ok"}
+
+
+def _why_no_mnist(settings: Settings, missing: list[str]) -> str:
+    if find_spec("matplotlib") is None:
+        missing = [*missing, "matplotlib"]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    return "" if settings.mnist_dir else "no --mnist-dir"
 
 
 # Imported where they are run: what one of them lacks must not cost the others.
@@ -128,6 +164,18 @@ def _step(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
     return step_speed.run(settings)
 
 
+def _memory(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
+    import memory
+
+    return memory.run(settings)
+
+
+def _growth(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
+    import growth
+
+    return growth.run(settings)
+
+
 def _ops(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
     import op_speed
 
@@ -145,6 +193,8 @@ RUN: dict[str, Callable[[Settings, dict[str, Any]], dict[str, Any]]] = {
     "copy": _copy,
     "limits": _limits,
     "step": _step,
+    "memory": _memory,
+    "growth": _growth,
     "ops": _ops,
     "mnist": _mnist,
 }
@@ -161,7 +211,8 @@ def _result_path(arguments: argparse.Namespace, results: dict[str, Any]) -> Path
     kind = "gpu" if arguments.device.startswith("cuda") else "cpu"
     name = re.sub(r"[^A-Za-z0-9]+", "-", results["machine"]["device"]).strip("-")
     quick = "quick-" if arguments.quick else ""
-    return folder / f"{quick}{kind}-{name}-{results['date'][:10]}"
+    part = "growth-" if set(arguments.only) == {"parity", "growth"} else ""
+    return folder / f"{quick}{part}{kind}-{name}-{results['date'][:10]}"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -172,7 +223,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     add("--rounds", type=int, default=7, help="interleaved rounds of each comparison (default: 7)")
     add("--minutes", type=float, default=9.0, help="stop measuring after so long (default: 9)")
-    add("--tests", nargs="+", default=["tests/kernels"], help="the parity tests, for pytest")
+    add("--tests", nargs="+", default=["tests/kernels"], help="the kernels' tests, for pytest")
+    add("--cases", nargs="+", default=[], help="of the step: those with this in their names")
+    add("--figure", type=Path, help="of the growth (default: beside the results)")
     add("--mnist-dir", type=Path, help="where MNIST lies: adds a short training run")
     add("--output", type=Path, help="folder of the results (default: $OUT, or bench/results)")
     arguments = parser.parse_args(argv)
@@ -180,7 +233,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--rounds: quartiles of fewer than 5 say nothing")
     # In the order of the table above, whatever the order on the command line.
     chosen = arguments.only or list(SECTIONS)
-    if any(name in chosen for name in NEEDS_PARITY):
+    if any(name in chosen for name in NEEDS):
         chosen = ["parity", *chosen]
     if "ops" in chosen:
         chosen = ["copy", *chosen]

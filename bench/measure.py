@@ -28,6 +28,11 @@ class Timing:
         q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, q1, q3, len(seconds), calls)
 
+    def of_one(self, steps: int) -> "Timing":
+        """Where a call took so many steps: seconds of one of them."""
+        parts = (x / steps for x in (self.median, self.q1, self.q3))
+        return Timing(*parts, self.rounds, self.calls * steps)
+
     @property
     def spread(self) -> float:
         """Distance between the quartiles as a share of the median."""

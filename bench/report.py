@@ -1,6 +1,7 @@
 """The results as tables: Markdown to keep, and a short one for the terminal."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ def to_markdown(results: dict[str, Any]) -> str:
         ("ops", _ops),
         ("limits", _limits),
         ("step", _step),
+        ("memory", _memory),
+        ("growth", _growth),
         ("mnist", _mnist),
     ):
         if name in sections:
@@ -42,7 +45,12 @@ def short_table(results: dict[str, Any]) -> str:
     for row in sections.get("step", {}).get("rows", []):
         rates = row["images_per_second"]
         shown = "  ".join(f"{name} {rate['median']:,.0f}" for name, rate in rates.items())
-        lines.append(f"step {row['model']}-{row['batch']} {row['precision']}, images/s:  {shown}")
+        lines.append(f"step {row['case']}, images/s:  {shown}")
+    for row in sections.get("growth", {}).get("rows", []):
+        lines.append(
+            f"growth {row['axis']}: time by the power {row['exponent']:.2f}, "
+            f"work by {row['work_exponent']:.2f}"
+        )
     for row in sections.get("mnist", {}).get("rows", []):
         lines.append(_mnist_line(row))
     if copied := sections.get("copy", {}).get("bytes_per_second"):
@@ -71,10 +79,12 @@ def _head(results: dict[str, Any]) -> str:
 def _section(name: str, section: Row, render: Any) -> Iterator[str]:
     titles = {
         "parity": "Parity",
-        "copy": "Memory",
+        "copy": "Copying memory",
         "ops": "Operators",
         "limits": "What binds each kernel",
         "step": "Training step",
+        "memory": "Memory of a step",
+        "growth": "Growth",
         "mnist": "A run on MNIST",
     }
     yield f"## {titles[name]}\n"
@@ -98,10 +108,21 @@ def _parity(section: Row) -> Iterator[str]:
         f"{section['skipped']} skipped, in {section['seconds']} s; "
         f"{section['kernels_on_gpu']} of those that passed ran Triton kernels on the GPU."
     )
-    yield from (f"- failed: {name}" for name in section["failures"])
-    if section["left_out"]:
+    named = {"Replayed steps": section["replay"], "Host waits": section["waits"]}
+    for title, tests in named.items():
+        yield (
+            f"\n{title}: `{tests['command']}`: {tests['passed']} passed, {tests['failed']} "
+            f"failed, {tests['skipped']} skipped, in {tests['seconds']} s."
+        )
+    every = [section, *named.values()]
+    yield ""
+    yield from (f"- failed: {name}" for tests in every for name in tests["failures"])
+    reasons: Counter[str] = Counter()
+    for tests in every:
+        reasons.update(tests["left_out"])
+    if reasons:
         yield "\nSkipped:\n"
-        yield from (f"- {count} × {reason}" for reason, count in section["left_out"].items())
+        yield from (f"- {count} × {reason}" for reason, count in reasons.items())
     if section["not_importable"]:
         yield "\nNot importable here, so neither run nor tested:\n"
         yield from (f"- {name}: {why}" for name, why in section["not_importable"].items())
@@ -229,29 +250,123 @@ def _accesses(widths: dict[int, int]) -> str:
 
 
 def _step(section: Row) -> Iterator[str]:
-    names = ("pytorch", "compiled", "tuned", "fastvae", "fastvae-compiled")
+    targets = section["targets"]
     yield (
-        "Images per second of one training step: 784–400–400–20 (mlp) or two convolutions and 256 "
-        "hidden units (conv), Bernoulli likelihood, fresh binarisation, Adam. PyTorch is a plain "
-        "loop with its images on the device, `compiled` the same under torch.compile, `tuned` "
-        "that with fused Adam.\n"
+        "Whole optimizer steps of presets, with gather, learning rate and sums to log: fastvae's "
+        "are those of `Updates.advance`, as a run takes them, without the wait at a line of the "
+        "log. All have the same parameters and begin with the same weights; the bytes are random "
+        "and look like digits. float32 products: "
+        f"`{section['matmul_precision']}` for all. Images per second; × is fastvae over the rival."
+        "\n"
     )
+    yield from (f"- {name}: {what}" for name, what in section["what"].items())
+    ratios = ", ".join(f"{value:g} × {name}" for name, value in targets["ratios"].items())
+    steps = ", ".join(
+        f"{value:,.0f} steps/s at batch {batch}"
+        for batch, value in targets["steps_per_second"].items()
+    )
+    yield f"\nTargets, on a GPU: {ratios}; {steps}.\n"
+    names = list(section["what"])
+    rivals = [name for name in names if name != "fastvae"]
     yield from _table(
-        "model|batch|precision|PyTorch|compiled|tuned|fastvae|fastvae compiled|"
-        "fastvae / PyTorch|fastvae compiled / compiled|fastvae compiled / tuned",
+        "|".join(["case", "steps/s", *names, *(f"× {name}" for name in rivals), "misses"]),
         (
             [
-                row["model"],
-                str(row["batch"]),
-                row["precision"],
-                *(_rate(row["images_per_second"][name]) for name in names),
-                f"{row['ratios']['fastvae / pytorch']:.2f}",
-                f"{row['ratios']['fastvae-compiled / compiled']:.2f}",
-                f"{row['ratios']['fastvae-compiled / tuned']:.2f}",
+                row["case"],
+                _rate(row["steps_per_second"].get("fastvae")),
+                *(_rate(row["images_per_second"].get(name)) for name in names),
+                *(
+                    f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "–"
+                    for name in rivals
+                ),
+                "–" if row["missed"] is None else ", ".join(row["missed"]),
             ]
             for row in section["rows"]
         ),
     )
+    replays = [
+        f"- {row['case']}, {name}: {found['steps_per_launch']} steps a launch"
+        + (f"; not replayed: {found['problem']}" if found["problem"] else "")
+        for row in section["rows"]
+        for name, found in row["replay"].items()
+    ]
+    if replays:
+        yield "\nReplayed:\n"
+        yield from replays
+    absent = {f"- {name}: {why}" for row in section["rows"] for name, why in row["absent"].items()}
+    if absent:
+        yield "\nNot everywhere:\n"
+        yield from sorted(absent)
+
+
+def _memory(section: Row) -> Iterator[str]:
+    yield (
+        "Bytes that autograd keeps between forward and backward pass, but for inputs, weights and "
+        "outputs: of the operators alone, for each latent of each row, and of loss and gradients "
+        "of the whole preset `mnist-mlp`, in MiB. The peak is what a step allocates beyond what "
+        "was there, in MiB, on a GPU. The kernels draw the noise again; on a CPU fastvae runs its "
+        "reference, which keeps it. fastvae-compiled is one graph of both passes: nothing lies "
+        "between them.\n"
+    )
+    names = ("pytorch", "compiled", "fastvae", "fastvae-compiled")
+
+    def of_latents(row: Row, count: int | None) -> str:
+        if count is None:
+            return "–"
+        if row["what"] == "step":
+            return f"{count / 2**20:.2f} MiB"
+        return f"{count / (row['rows'] * row['latents']):.2f} B"
+
+    yield from _table(
+        "|".join(
+            [
+                "what",
+                "rows × latents",
+                *(f"kept: {n}" for n in names),
+                *(f"peak: {n}" for n in names),
+            ]
+        ),
+        (
+            [
+                row["what"],
+                f"{row['rows']} × {row['latents']}",
+                *(of_latents(row, row["kept"].get(name)) for name in names),
+                *(_mebibytes(row["peak"].get(name)) for name in names),
+            ]
+            for row in section["rows"]
+        ),
+    )
+
+
+def _growth(section: Row) -> Iterator[str]:
+    threads = f", {section['threads']} thread" if section["threads"] else ""
+    yield (
+        f"Milliseconds of one training step, not compiled{threads}, as one quantity grows (batch, "
+        "latents and images: `mnist-mlp`; side of the images: `mnist-conv`), and of drawing the "
+        "order of an epoch. Work: operations of matrix products and convolutions, or images to "
+        f"order. Exponents are of the {section['fitted']} largest sizes; time's may exceed "
+        f"work's by {section['tolerance']:g}.\n"
+    )
+    yield from _table(
+        "of|exponent of time|of work|excess",
+        (
+            [row["axis"], *(f"{row[k]:.2f}" for k in ("exponent", "work_exponent", "excess"))]
+            for row in section["rows"]
+        ),
+    )
+    for row in section["rows"]:
+        yield f"\n### {row['axis'].capitalize()}\n"
+        yield from _table(
+            "size|milliseconds|work",
+            (
+                [f"{size:,}", _milliseconds(timing), f"{work:.3g}"]
+                for size, timing, work in zip(
+                    row["sizes"], row["seconds"], row["work"], strict=True
+                )
+            ),
+        )
+    if section["figure"]:
+        yield f"\nFigure: {section['figure']}"
 
 
 def _mnist(section: Row) -> Iterator[str]:
@@ -293,7 +408,17 @@ def _timing(timing: Row) -> str:
     return f"{_us(timing['median'])} [{_us(timing['q1'])}–{_us(timing['q3'])}]"
 
 
-def _rate(rate: Row) -> str:
+def _milliseconds(timing: Row) -> str:
+    return "{:.3f} [{:.3f}–{:.3f}]".format(*(1e3 * timing[k] for k in ("median", "q1", "q3")))
+
+
+def _mebibytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:.2f}"
+
+
+def _rate(rate: Row | None) -> str:
+    if rate is None:
+        return "–"
     return f"{rate['median']:,.0f} [{rate['q1']:,.0f}–{rate['q3']:,.0f}]"
 
 

@@ -22,6 +22,10 @@ class Settings:
     mnist_dir: Path | None
     deadline: float
     """When the section should be done, on `time.monotonic`; what is left by then is left out."""
+    cases: tuple[str, ...] = ()
+    """Of the training step: those alone whose names hold one of these; all unless given."""
+    figure: Path | None = None
+    """Where the figure of the growth goes."""
 
     @property
     def seconds_left(self) -> float:

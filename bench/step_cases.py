@@ -1,218 +1,240 @@
-"""One training step, by fastvae and by hand in plain PyTorch: same architecture, same data.
+"""What the training step is measured on, and everybody who takes it: fastvae and its rivals.
 
-The rivals are given every advantage that does not change what they are: images as bytes on the
-device, no `.item()`, sums over pixels in one call.
+fastvae's steps are those of `fastvae.training.updates.Updates`, as a run takes them. A rival has
+the same network, parameter by parameter, and starts from the same weights.
 """
 
+import math
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from bare import MISSING
+from step_rivals import Step, plain_like, plain_step, pythae_epoch, script_step
+from torch import Tensor
 
 from fastvae.build import build_model, build_objective
-from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
+from fastvae.config import Config
 from fastvae.data import ImageSet
+from fastvae.presets import preset
+from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.loop import make_optimizer
 from fastvae.training.replay import MOST_STEPS_PER_LAUNCH
 from fastvae.training.step import TrainingStep
 from fastvae.training.updates import Updates
 
-Step = Callable[[], Tensor]
-"""Takes one optimizer step on the next batch and returns its loss, on the device."""
-
-IMAGE_SHAPE = (1, 28, 28)
-LEARNING_RATE = 1e-3
-LATENTS = 20
-
-MODELS = {
-    "mlp": ModelConfig(network="mlp", hidden=(400, 400), latent_dim=LATENTS),
-    "conv": ModelConfig(network="conv", hidden=(256,), widths=(32, 64), latent_dim=LATENTS),
-}
+IMAGE_SHAPES = {"cifar10": (3, 32, 32)}
+TOTAL_STEPS = 1_000_000
+"""Of the run that the measured steps are the beginning of, for its schedule."""
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """What is trained, and on how many images at a time."""
+    """Which preset is trained, on how many images at a time."""
 
-    model: Literal["mlp", "conv"]
+    preset: str
     batch: int
     precision: Literal["no", "bf16"] = "no"
 
     def __str__(self) -> str:
-        mixed = "" if self.precision == "no" else f" {self.precision}"
-        return f"{self.model}-{self.batch}{mixed}"
+        mixed = "" if self.precision == "no" else f"-{self.precision}"
+        return f"{self.preset}-{self.batch}{mixed}"
+
+    @property
+    def config(self) -> Config:
+        base = preset(self.preset)
+        return replace(base, batch_size=self.batch, mixed_precision=self.precision)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return IMAGE_SHAPES.get(self.config.data.data, (1, 28, 28))
 
 
-def digit_like_images(count: int, device: torch.device) -> Tensor:
-    """Random bytes with the look of digits: ten coarse shapes, black around, grey at the edges."""
+def digit_like_images(
+    count: int, device: torch.device, shape: tuple[int, int, int] = (1, 28, 28)
+) -> Tensor:
+    """Bytes with the look of digits, the same each time: ten coarse shapes, black around, grey at
+    the edges."""
+    channels, height, width = shape
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(10, 1, 5, 5, generator=generator)
-    shapes = F.interpolate(coarse, size=(20, 20), mode="bicubic", align_corners=False)
+    coarse = torch.randn(10, channels, 5, 5, generator=generator)
+    inner = (height - 8, width - 8)
+    shapes = F.interpolate(coarse, size=inner, mode="bicubic", align_corners=False)
     shapes = F.pad(shapes, (4, 4, 4, 4), value=-9.0)
     kinds = torch.randint(10, (count,), generator=generator).to(device)
     images = shapes.to(device)[kinds] * 4
-    return (torch.sigmoid(images + torch.randn_like(images)) * 255).to(torch.uint8)
+    noise = torch.randn(
+        images.shape, generator=torch.Generator(device).manual_seed(0), device=device
+    )
+    return (torch.sigmoid(images + noise) * 255).to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------- fastvae
 
 
-def fastvae_step(
-    case: StepCase, images: Tensor, accelerator: Accelerator, *, compiled: bool
-) -> Step:
-    """What `fastvae.training.train` takes its steps with."""
-    device = images.device
+def make_accelerator(config: Config, device: torch.device) -> Accelerator:
+    """A fresh one: its precision is otherwise that of the first in the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    precision = "no" if config.mixed_precision == "auto" else config.mixed_precision
+    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+
+
+def make_updates(
+    config: Config, images: Tensor, accelerator: Accelerator, *, compiled: bool, replayed: bool
+) -> Updates:
+    """The steps of a run, made as `fastvae.training.train` makes them, from the same weights every
+    time. `replayed`: by a CUDA graph, on a GPU."""
+    device = accelerator.device
     train_set = ImageSet(images, None, "random")
-    config = Config(model=MODELS[case.model], batch_size=case.batch)
-    vae = build_model(config.model, train_set, case.batch).to(device)
-    vae.to(memory_format=torch.channels_last)
-    objective = build_objective(ObjectiveConfig(), len(images))
+    feed = Feed(
+        train_set, config.seed, device, samples_ahead=MOST_STEPS_PER_LAUNCH * config.batch_size
+    )
+    torch.manual_seed(0)
+    model = build_model(config.model, train_set, config.batch_size).to(device)
+    model.to(memory_format=torch.channels_last)
+    objective = build_objective(config.objective, len(images))
     updates = Updates(
-        vae,
-        TrainingStep(vae, objective, seed=0).to(device),
-        Feed(train_set, 0, device, samples_ahead=MOST_STEPS_PER_LAUNCH * case.batch),
-        make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE), vae),
-        None,
+        model,
+        TrainingStep(model, objective, config.seed, config.data.flip).to(device),
+        feed,
+        make_optimizer(config.optimizer, model),
+        EMA(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         accelerator,
         config,
-        total_steps=10**9,
+        total_steps=TOTAL_STEPS,
         done=0,
         compiled=compiled,
     )
-
-    def step() -> Tensor:
-        updates.sums.zero_()
-        updates.advance(1)
-        return updates.sums[0] / case.batch
-
-    return step
-
-
-def make_accelerator(case: StepCase, device: torch.device) -> Accelerator:
-    """A fresh one: its precision is otherwise that of the first in the process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision=case.precision, cpu=device.type == "cpu")
-
-
-# ------------------------------------------------------------------------------ plain PyTorch
-
-
-class PlainVAE(nn.Module):
-    """As tutorials write it: two heads, noise from torch's generator."""
-
-    def __init__(self, encoder: nn.Module, features: int, decoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.mu = nn.Linear(features, LATENTS)
-        self.logvar = nn.Linear(features, LATENTS)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h = self.encoder(x)
-        mu, logvar = self.mu(h), self.logvar(h)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        return self.decoder(z), mu, logvar
-
-
-def plain_mlp() -> PlainVAE:
-    """784–400–400–20 and back."""
-    encoder = nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU()
-    )
-    decoder = nn.Sequential(
-        nn.Linear(LATENTS, 400),
-        nn.ReLU(),
-        nn.Linear(400, 400),
-        nn.ReLU(),
-        nn.Linear(400, 784),
-        nn.Unflatten(1, IMAGE_SHAPE),
-    )
-    return PlainVAE(encoder, 400, decoder)
-
-
-def plain_conv() -> PlainVAE:
-    """Two convolutions that halve the image, 256 hidden units, 20 latents, and back."""
-    encoder = nn.Sequential(
-        nn.Conv2d(1, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 256),
-        nn.ReLU(),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(LATENTS, 256),
-        nn.ReLU(),
-        nn.Linear(256, 64 * 7 * 7),
-        nn.ReLU(),
-        nn.Unflatten(1, (64, 7, 7)),
-        nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(32, 32, 3, stride=2, padding=1, output_padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 1, 3, padding=1),
-    )
-    return PlainVAE(encoder, 256, decoder)
-
-
-def plain_step(case: StepCase, images: Tensor, *, compiled: bool, fused_adam: bool) -> Step:
-    """The plain loop. The zeros and ones are drawn outside of the compiled function: Inductor's
-    random numbers are slow on a CPU, and this is the faster way."""
-    device = images.device
-    vae = {"mlp": plain_mlp, "conv": plain_conv}[case.model]().to(device)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, fused=fused_adam or None)
-    order = torch.randperm(len(images), device=device)
-    position = 0
-
-    def loss_of(x: Tensor) -> Tensor:
-        logits, mu, logvar = vae(x)
-        nll = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
-        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-        return (nll + kl) / len(x)
-
-    if compiled:
-        loss_of = torch.compile(loss_of, fullgraph=True, dynamic=False)
-
-    def step() -> Tensor:
-        nonlocal position
-        if position + case.batch > len(images):
-            position = 0
-        indices = order[position : position + case.batch]
-        position += case.batch
-        x = torch.bernoulli(images[indices].float() / 255)
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
-            loss = loss_of(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    if not replayed:
+        updates.replay = None
+    return updates
 
 
 # ------------------------------------------------------------------------------ side by side
 
-BACKENDS = ("pytorch", "compiled", "tuned", "fastvae", "fastvae-compiled")
-"""Plain PyTorch eager, compiled, compiled with fused Adam; fastvae eager and compiled."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """Somebody who trains."""
+
+    advance: Callable[[int], None]
+    """Takes so many optimizer steps."""
+    mean_loss: Callable[[int], float]
+    """The same, and the mean of their losses, nats per image."""
+    steps: int
+    """That it takes best in one call."""
+    replay: Callable[[], dict[str, Any]] | None = None
+    """How its steps are replayed: how many at once, or why not."""
 
 
-def make_step(backend: str, case: StepCase, images: Tensor, accelerator: Accelerator) -> Step:
-    """One of BACKENDS, with fresh weights."""
-    torch.manual_seed(0)
-    if backend.startswith("fastvae"):
-        return fastvae_step(case, images, accelerator, compiled=backend == "fastvae-compiled")
-    return plain_step(case, images, compiled=backend != "pytorch", fused_adam=backend == "tuned")
+WHAT = {
+    "fastvae": "compiled, and on a GPU replayed",
+    "fastvae-unreplayed": "compiled, each step launched by Python",
+    "fastvae-uncompiled": "not compiled, and on a GPU replayed",
+    "compiled": "PyTorch compiled, every advantage",
+    "pytorch": "PyTorch eager",
+    "script": "the usual script",
+    "pythae": "pythae's own trainer",
+}
+
+
+def why_left_out(name: str, case: StepCase, device: torch.device) -> str:
+    """Why a candidate has no part in a case; empty if it has."""
+    if name == "fastvae-unreplayed":
+        if device.type != "cuda":
+            return "nothing is replayed without a GPU"
+        if case.batch > 128:
+            return "measured at small batches, where launching shows"
+    if name == "script" and MISSING:
+        return f"{' and '.join(MISSING)} not installed"
+    if name == "pythae":
+        if case.precision != "no" or case.batch != 128 or case.config.model.network != "mlp":
+            return "measured at batch 128 of fully connected networks in float32"
+        if find_spec("pythae") is None:
+            return "pythae is not installed"
+    return ""
+
+
+def make_candidate(name: str, case: StepCase, images: Tensor) -> Candidate:
+    """One of `WHAT`, with the same weights as all."""
+    config, device = case.config, images.device
+    accelerator = make_accelerator(config, device)
+    # As many steps as lie between two lines of a run's log, in which several are launched at once.
+    steps = config.log_every if device.type == "cuda" and case.batch <= 1024 else 1
+    if name.startswith("fastvae"):
+        updates = make_updates(
+            config,
+            images,
+            accelerator,
+            compiled=name != "fastvae-uncompiled",
+            replayed=name != "fastvae-unreplayed",
+        )
+        return _of_updates(updates, steps)
+    updates = make_updates(config, images, accelerator, compiled=False, replayed=False)
+    vae = plain_like(updates.model, config.model, case.image_shape)
+    torch.manual_seed(1)
+    if name == "pythae":
+        return _of_pythae(vae, images, config)
+    if name == "script":
+        return _of_step(script_step(vae, images, config), steps)
+    return _of_step(plain_step(vae, images, config, compiled=name == "compiled"), steps)
+
+
+def _of_updates(updates: Updates, steps: int) -> Candidate:
+    def mean_loss(count: int) -> float:
+        updates.sums.zero_()
+        updates.advance(count)
+        return updates.sums[0].item() / (count * updates.config.batch_size)
+
+    replay = updates.replay
+    if replay is None:
+        return Candidate(updates.advance, mean_loss, steps)
+    return Candidate(
+        updates.advance,
+        mean_loss,
+        steps,
+        lambda: {"steps_per_launch": replay.steps_per_launch, "problem": replay.problem},
+    )
+
+
+def _of_step(step: Step, steps: int) -> Candidate:
+    def advance(count: int) -> None:
+        for _ in range(count):
+            step()
+
+    def mean_loss(count: int) -> float:
+        return sum(step().item() for _ in range(count)) / count
+
+    return Candidate(advance, mean_loss, steps)
+
+
+def _of_pythae(vae: torch.nn.Module, images: Tensor, config: Config) -> Candidate:
+    """It counts in epochs: one of `steps` steps at a time."""
+    steps = 20
+    folder = tempfile.TemporaryDirectory()
+    epoch = pythae_epoch(vae, images[: steps * config.batch_size], config, folder.name)  # type: ignore[arg-type]
+
+    def mean_loss(count: int) -> float:
+        assert folder and count % steps == 0  # the folder lives as long as the candidate
+        return sum(epoch() for _ in range(count // steps)) / (count // steps)
+
+    def advance(count: int) -> None:
+        mean_loss(count)
+
+    return Candidate(advance, mean_loss, steps)
 
 
 def check_losses(losses: dict[str, float]) -> None:
-    """After as many steps from as fresh weights, all have come as far."""
-    values = torch.tensor(list(losses.values()))
-    assert values.isfinite().all(), f"losses are not finite: {losses}"
-    middle = values.median()
-    assert ((values - middle).abs() < 0.1 * middle).all(), f"losses differ: {losses}"
+    """Over as many steps from the same weights, all have had the same losses but for the noise."""
+    assert all(map(math.isfinite, losses.values())), f"losses are not finite: {losses}"
+    middle = sorted(losses.values())[len(losses) // 2]
+    assert all(abs(x - middle) < 0.05 * abs(middle) for x in losses.values()), (
+        f"losses differ: {losses}"
+    )

@@ -6,62 +6,66 @@ Each group is one table: the rows are timed one after the other. `python bench/g
 times them in interleaved rounds instead (add `--device cpu` where there is no GPU).
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import measure
 import pytest
 import torch
 from step_cases import (
-    BACKENDS,
+    WHAT,
+    Candidate,
     StepCase,
     check_losses,
     digit_like_images,
-    make_accelerator,
-    make_step,
+    make_candidate,
+    why_left_out,
 )
+from step_speed import CASES, STEPS_BEFORE, WARM_STEPS, side_stream
+
+from fastvae.precision import use_matmul_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = [StepCase("mlp", 128), StepCase("mlp", 512), StepCase("conv", 128)]
-if DEVICE.type == "cuda":
-    CASES += [StepCase("mlp", 4096), StepCase("mlp", 16384), StepCase("mlp", 16384, "bf16")]
-
-STEPS_BEFORE = 20
 ROUNDS = 9
 SECONDS_PER_ROUND = 0.2
 
 
-@pytest.fixture(scope="module")
-def images():
-    return digit_like_images(60_000, DEVICE)
-
-
-@pytest.fixture(scope="module", params=CASES, ids=str)
-def steps(request, images):
+@pytest.fixture(scope="module", params=CASES[DEVICE.type][:3], ids=str)
+def contest(request: pytest.FixtureRequest) -> Iterator[tuple[StepCase, dict[str, Candidate], int]]:
     """All that are compared, warmed up, and seen to learn alike before any is timed."""
     torch._dynamo.reset()
-    accelerator = make_accelerator(request.param, DEVICE)
-    made = {name: make_step(name, request.param, images, accelerator) for name in BACKENDS}
-    losses = {}
-    for name, step in made.items():
-        for _ in range(STEPS_BEFORE):
-            loss = step()
-        losses[name] = loss.item()
-    check_losses(losses)
-    # As many steps a round for all, so that the table's times compare.
-    seconds = measure.seconds(made["pytorch"], 5, DEVICE)
-    return request.param, made, max(1, round(SECONDS_PER_ROUND / seconds))
+    use_matmul_precision("auto", DEVICE)
+    case = request.param
+    with side_stream(DEVICE):
+        images = digit_like_images(60_000, DEVICE, case.image_shape)
+        made = {
+            name: make_candidate(name, case, images)
+            for name in WHAT
+            if not why_left_out(name, case, DEVICE)
+        }
+        check_losses({name: each.mean_loss(STEPS_BEFORE) for name, each in made.items()})
+        if DEVICE.type == "cuda":
+            made["fastvae"].advance(WARM_STEPS)
+        eager = made["pytorch"]
+        seconds = measure.seconds(lambda: eager.advance(eager.steps), 5, DEVICE) / eager.steps
+        # As many steps a round for all, so that the table's times compare.
+        steps = max(each.steps for each in made.values())
+        yield case, made, steps * max(1, round(SECONDS_PER_ROUND / seconds / steps))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_step(benchmark, steps, backend):
-    case, made, count = steps
+@pytest.mark.parametrize("name", WHAT)
+def test_step(benchmark: Any, contest: Any, name: str) -> None:
+    case, made, steps = contest
+    if name not in made:
+        pytest.skip(why_left_out(name, case, DEVICE))
 
-    def several():
-        for _ in range(count):
-            made[backend]()
+    def several() -> None:
+        made[name].advance(steps)
         measure.synchronize(DEVICE)
 
-    benchmark.group = f"training step, {case}, {DEVICE.type}: {count} steps"
+    benchmark.group = f"training step, {case}, {DEVICE.type}: {steps} steps"
     benchmark.pedantic(several, rounds=ROUNDS, warmup_rounds=1)
     if benchmark.stats is not None:  # None with --benchmark-disable
-        rate = case.batch * count / benchmark.stats.stats.median
+        rate = case.batch * steps / benchmark.stats.stats.median
         benchmark.extra_info["images_per_second"] = round(rate)
-        benchmark.extra_info["steps_per_round"] = count
+        benchmark.extra_info["steps_per_round"] = steps
