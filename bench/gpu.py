@@ -31,11 +31,11 @@ from settings import ROOT, Settings
 SECTIONS = {
     "parity": 1.0,
     "copy": 1.0,
-    "step": 0.45,
-    "memory": 0.2,
-    "growth": 0.3,
-    "ops": 0.8,
-    "mnist": 1.0,
+    "step": 0.4,
+    "memory": 0.1,
+    "growth": 0.2,
+    "ops": 0.5,
+    "speedrun": 1.0,
     "limits": 1.0,
 }
 # Which of the parity tests must be green before each is measured.
@@ -44,7 +44,7 @@ NEEDS = {
     "memory": ("kernels",),
     "step": ("kernels", "replay"),
     "growth": ("kernels", "replay"),
-    "mnist": ("kernels", "replay"),
+    "speedrun": ("kernels", "replay"),
 }
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_section(name: str, settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
     """The section's results with its status: ok, failed (and why), or skipped (and why)."""
     done = results["sections"]
-    if name == "mnist" and (why := _why_no_mnist(settings, results["missing"])):
+    if name == "speedrun" and (why := _why_no_speedrun(settings, results["missing"])):
         return {"status": "skipped", "why": why}
     if name == "limits" and settings.seconds_left < 30:
         why = "no time left; `python bench/limits.py` needs no GPU"
@@ -129,12 +129,12 @@ def _run_section(name: str, settings: Settings, results: dict[str, Any]) -> dict
     return {**found, "status": "ok"}
 
 
-def _why_no_mnist(settings: Settings, missing: list[str]) -> str:
+def _why_no_speedrun(settings: Settings, missing: list[str]) -> str:
     if find_spec("matplotlib") is None:
         missing = [*missing, "matplotlib"]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    return "" if settings.mnist_dir else "no --mnist-dir"
+    return "" if settings.mnist_dir or settings.quick else "no --mnist-dir"
 
 
 # Imported where they are run: what one of them lacks must not cost the others.
@@ -182,10 +182,10 @@ def _ops(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
     return op_speed.run(settings, _copy_rate(results) or float("nan"))
 
 
-def _mnist(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
-    import mnist_run
+def _speedrun(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
+    import seeds
 
-    return mnist_run.run(settings)
+    return seeds.run(settings)
 
 
 RUN: dict[str, Callable[[Settings, dict[str, Any]], dict[str, Any]]] = {
@@ -196,7 +196,7 @@ RUN: dict[str, Callable[[Settings, dict[str, Any]], dict[str, Any]]] = {
     "memory": _memory,
     "growth": _growth,
     "ops": _ops,
-    "mnist": _mnist,
+    "speedrun": _speedrun,
 }
 
 
@@ -226,7 +226,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tests", nargs="+", default=["tests/kernels"], help="the kernels' tests, for pytest")
     add("--cases", nargs="+", default=[], help="of the step: those with this in their names")
     add("--figure", type=Path, help="of the growth (default: beside the results)")
-    add("--mnist-dir", type=Path, help="where MNIST lies: adds a short training run")
+    add("--mnist-dir", type=Path, help="where MNIST lies: adds the time to quality")
     add("--output", type=Path, help="folder of the results (default: $OUT, or bench/results)")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 5:

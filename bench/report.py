@@ -3,9 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from statistics import mean, stdev
 from typing import Any
 
 Row = dict[str, Any]
+
+PAPER_STEPS = 3280 * 60_000 // 20
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
@@ -22,7 +25,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         ("step", _step),
         ("memory", _memory),
         ("growth", _growth),
-        ("mnist", _mnist),
+        ("speedrun", _speedrun),
     ):
         if name in sections:
             parts.append("\n".join(_section(name, sections[name], render)))
@@ -51,8 +54,8 @@ def short_table(results: dict[str, Any]) -> str:
             f"growth {row['axis']}: time by the power {row['exponent']:.2f}, "
             f"work by {row['work_exponent']:.2f}"
         )
-    for row in sections.get("mnist", {}).get("rows", []):
-        lines.append(_mnist_line(row))
+    if found := sections.get("speedrun", {}).get("seeds"):
+        lines.append(f"speedrun: {_seeds(found)}")
     if copied := sections.get("copy", {}).get("bytes_per_second"):
         lines.append(f"copy: {copied / 1e9:.0f} GB/s")
     lines.append("  ".join(f"{name}: {section['status']}" for name, section in sections.items()))
@@ -85,7 +88,7 @@ def _section(name: str, section: Row, render: Any) -> Iterator[str]:
         "step": "Training step",
         "memory": "Memory of a step",
         "growth": "Growth",
-        "mnist": "A run on MNIST",
+        "speedrun": "Time to quality",
     }
     yield f"## {titles[name]}\n"
     if section["status"] == "skipped":
@@ -284,6 +287,14 @@ def _step(section: Row) -> Iterator[str]:
             for row in section["rows"]
         ),
     )
+    for row in section["rows"]:
+        if row["case"] == "vae-20" and "fastvae" in row["steps_per_second"]:
+            rate = row["steps_per_second"]["fastvae"]["median"]
+            yield (
+                f"\nThe schedule of Burda et al. 2016 (preset `vae-paper`: {PAPER_STEPS:,} steps "
+                f"of 20 images, this network) takes {PAPER_STEPS / rate / 3600:.2f} h at "
+                f"{rate:,.0f} steps/s."
+            )
     replays = [
         f"- {row['case']}, {name}: {found['steps_per_launch']} steps a launch"
         + (f"; not replayed: {found['problem']}" if found["problem"] else "")
@@ -369,19 +380,38 @@ def _growth(section: Row) -> Iterator[str]:
         yield f"\nFigure: {section['figure']}"
 
 
-def _mnist(section: Row) -> Iterator[str]:
-    yield from (f"- {_mnist_line(row)}" for row in section["rows"])
-
-
-def _mnist_line(row: Row) -> str:
-    steps = f", at most {row['max_steps']} steps" if row["max_steps"] else ""
-    values = ", ".join(
-        f"{name} {value:.2f}" for name, value in row["heldout"].items() if name != "images"
+def _speedrun(section: Row) -> Iterator[str]:
+    yield (
+        f"docs/speedrun.md: to {section['target']} nats on MNIST. NLL: importance-weighted, "
+        f"{section['samples']:,} samples for each of {section['images']:,} held-out images. Wall "
+        "clock: of each seed's process from start to end, in seconds, imports, compilation and "
+        "scoring included; steps without the first.\n"
     )
+    yield from _table(
+        "seed|NLL|wall clock|steps|scoring",
+        (
+            [
+                seed,
+                f"{found['nll']:.2f} ± {found['standard_error']:.2f}",
+                *(f"{found[f'{k}_seconds']:.1f}" for k in ("wall", "steps", "scoring")),
+            ]
+            for seed, found in section["seeds"].items()
+        ),
+    )
+    yield f"\n{_seeds(section['seeds'])}"
+
+
+def _seeds(seeds: dict[str, Row]) -> str:
+    """Means and standard deviations over the seeds."""
+
+    def over(name: str) -> str:
+        values = [found[name] for found in seeds.values()]
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{mean(values):.2f}{spread}"
+
     return (
-        f"{row['preset']}, {row['epochs']:g} epochs{steps}, precision {row['precision']}, "
-        f"{'compiled' if row['compiled'] else 'not compiled'}: held out (nats per image) {values}; "
-        f"{row['images_per_second']:,.0f} images/s, {row['seconds']} s in all"
+        f"{len(seeds)} seed(s): NLL {over('nll')} nats, wall clock {over('wall_seconds')} s, of "
+        f"which steps {over('steps_seconds')} s and scoring {over('scoring_seconds')} s"
     )
 
 
