@@ -183,6 +183,48 @@ def test_200_compiled_steps_are_200_plain_steps(
         plain.sums.zero_()
 
 
+def slow_updates(what: str, digits: ImageSet, monkeypatch: pytest.MonkeyPatch) -> Updates:
+    """The steps as they would be without one of the things that make them fast."""
+    config = STEPS["conv, conditional, mirrored"]
+    if what == "channels first":
+        monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    if what == "noise by PyTorch":
+        monkeypatch.setattr("fastvae_kernels.philox._c_code", lambda: None)
+    if what == "an optimizer that is not fused":
+        adam = torch.optim.Adam
+
+        def unfused(*args: Any, fused: bool, **rest: Any) -> torch.optim.Adam:
+            return adam(*args, fused=False, foreach=False, **rest)
+
+        monkeypatch.setattr(torch.optim, "Adam", unfused)
+    return make(config, digits)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["channels first", "noise by PyTorch", "an optimizer that is not fused", "other products"],
+)
+def test_200_fast_steps_are_200_slow_ones(
+    what: str, digits: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = make(STEPS["conv, conditional, mirrored"], digits)
+    with monkeypatch.context() as patch:
+        slow = slow_updates(what, digits, patch)
+        layouts = {p.is_contiguous() for p in slow.model.parameters()}
+        assert layouts == ({True} if what == "channels first" else {True, False})
+        if what == "other products":
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest" if before == "medium" else "medium")
+        slow.advance(200)
+        if what == "other products":
+            torch.set_float32_matmul_precision(before)
+    fast.advance(200)
+    exactly = {"rtol": 0.0, "atol": 0.0} if what == "noise by PyTorch" else {"rtol": 1e-4}
+    torch.testing.assert_close(fast.sums, slow.sums, **{"atol": 1e-4, **exactly})
+    for a, b in zip(weights(fast).values(), weights(slow).values(), strict=True):
+        torch.testing.assert_close(a, b, **{"rtol": 1e-2, "atol": 3e-3, **exactly})
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_have_the_layout_of_their_weights(compiled: bool, digits: ImageSet) -> None:
     """A fused optimizer goes through both in the order of memory."""
