@@ -125,6 +125,20 @@ def test_the_ends_of_the_range(c):
     assert torch.equal(got, philox._normals(1, 4, *place, None))
 
 
+@pytest.mark.parametrize("shape", [(70, 1021), (1, 150_001)])
+def test_any_number_of_threads(c, shape):
+    """Large draws are shared among threads."""
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        drawn = noise.row_normals(c, *shape, *scalars(5, 7), 3)
+        found.append((noise.row_uniforms(c, *shape, *scalars(5, 7)), drawn))
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert_equal(other, found[0])
+
+
 @needs_compiler
 @pytest.mark.parametrize("columns", [1, 6, 64, 507])
 def test_a_row_is_the_same_in_any_batch(c, columns):

@@ -28,9 +28,17 @@ def load(source: Path) -> ctypes.CDLL:
         OSError: there is no compiler, the cache cannot be written, the library cannot be loaded.
         subprocess.SubprocessError: the compiler fails, or takes a minute.
     """
+    # With several threads where the compiler can; those are PyTorch's own, which has loaded OpenMP.
+    try:
+        return _load(source, [*_FLAGS, "-fopenmp"])
+    except subprocess.CalledProcessError:
+        return _load(source, _FLAGS)
+
+
+def _load(source: Path, flags: list[str]) -> ctypes.CDLL:
     cpu = _cpu()
     compiler = _compiler()
-    flags = [*_FLAGS, "-march=native"] if cpu else _FLAGS
+    flags = [*flags, "-march=native"] if cpu else flags
     ingredients = [source.read_text(encoding="utf-8"), *compiler, *flags, cpu]
     made_of = _digest("\0".join(ingredients).encode())
     folder = cache_folder() / "kernels"

@@ -32,6 +32,9 @@ typedef uint64_t lanes __attribute__((vector_size(16)));
 
 enum { BLOCK = 64, LANES = sizeof(lanes) / sizeof(uint64_t) }; /* calls of Philox at once */
 
+/* Before a loop over blocks: fewer calls than these are done before other threads would begin. */
+#define PARALLEL _Pragma("omp parallel for schedule(static) if (calls >= 8192)")
+
 /* The four outputs of the calls `call` … `call + BLOCK - 1`: Philox4x32-10, counter words
    (call, call >> 32, sample, 0), key (seed, seed >> 32). */
 static inline void philox(uint64_t call, uint32_t sample, uint64_t seed, uint64_t out[4][BLOCK])
@@ -78,9 +81,11 @@ void fastvae_uniforms(
     float *out, int64_t rows, int64_t columns, const int64_t *seed, const int64_t *offset)
 {
     int64_t groups = (columns + 3) / 4, calls = rows * groups;
-    uint64_t call = (uint64_t)*offset * (uint64_t)groups, bits[4][BLOCK];
-    float values[4 * BLOCK];
+    uint64_t call = (uint64_t)*offset * (uint64_t)groups;
+    PARALLEL
     for (int64_t first = 0; first < calls; first += BLOCK) {
+        uint64_t bits[4][BLOCK];
+        float values[4 * BLOCK];
         philox(call + (uint64_t)first, 0, (uint64_t)*seed, bits);
         for (int i = 0; i < BLOCK; i++)
             for (int j = 0; j < 4; j++)
@@ -95,19 +100,23 @@ void fastvae_normals_begin(
     const int64_t *seed, const int64_t *offset)
 {
     int64_t groups = (columns + 3) / 4, calls = rows * groups;
-    uint64_t call = (uint64_t)*offset * (uint64_t)groups, bits[4][BLOCK];
+    uint64_t call = (uint64_t)*offset * (uint64_t)groups;
     for (int64_t sample = 0; sample < samples; sample++) {
+        PARALLEL
         for (int64_t first = 0; first < calls; first += BLOCK) {
             int count = calls - first < BLOCK ? (int)(calls - first) : BLOCK;
+            uint64_t bits[4][BLOCK];
+            float *ub = u + 2 * first;
+            uint32_t *ab = angle + 2 * first;
             philox(call + (uint64_t)first, (uint32_t)sample, (uint64_t)*seed, bits);
             for (int i = 0; i < count; i++) {
-                u[2 * i] = (float)(uint32_t)bits[0][i] * 0x1p-32f + 0x1p-33f;
-                u[2 * i + 1] = (float)(uint32_t)bits[2][i] * 0x1p-32f + 0x1p-33f;
-                angle[2 * i] = (uint32_t)bits[1][i];
-                angle[2 * i + 1] = (uint32_t)bits[3][i];
+                ub[2 * i] = (float)(uint32_t)bits[0][i] * 0x1p-32f + 0x1p-33f;
+                ub[2 * i + 1] = (float)(uint32_t)bits[2][i] * 0x1p-32f + 0x1p-33f;
+                ab[2 * i] = (uint32_t)bits[1][i];
+                ab[2 * i + 1] = (uint32_t)bits[3][i];
             }
-            u += 2 * count, angle += 2 * count;
         }
+        u += 2 * calls, angle += 2 * calls;
     }
 }
 
@@ -118,11 +127,12 @@ void fastvae_normals_end(
 {
     const float scale = (float)(0.78539816339744830962 * 0x1p-29);
     int64_t groups = (columns + 3) / 4, calls = samples * rows * groups;
-    float values[4 * BLOCK];
+    PARALLEL
     for (int64_t first = 0; first < calls; first += BLOCK) {
         int count = calls - first < BLOCK ? (int)(calls - first) : BLOCK;
+        float values[4 * BLOCK];
         for (int i = 0; i < 2 * count; i++) {
-            uint32_t bits = angle[i];
+            uint32_t bits = angle[2 * first + i];
             float t = (float)(int32_t)(bits & 0x1FFFFFFF) * scale, s = t * t;
             float sin = (float)(-1.0 / 5040) + s * (float)(1.0 / 362880);
             sin = (float)(1.0 / 120) + s * sin;
@@ -132,12 +142,11 @@ void fastvae_normals_end(
             cos = (float)(1.0 / 24) + s * cos;
             cos = -0.5f + s * cos;
             cos = 1.0f + s * cos;
-            float x = radius[i] * (bits & 0x20000000 ? sin : cos);
-            float y = radius[i] * (bits & 0x20000000 ? cos : sin);
+            float x = radius[2 * first + i] * (bits & 0x20000000 ? sin : cos);
+            float y = radius[2 * first + i] * (bits & 0x20000000 ? cos : sin);
             values[2 * i] = bits & 0x40000000 ? -x : x;
             values[2 * i + 1] = bits & 0x80000000 ? -y : y;
         }
-        radius += 2 * count, angle += 2 * count;
         place(out, columns, first, count, values);
     }
 }
