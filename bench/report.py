@@ -355,13 +355,15 @@ def _growth(section: Row) -> Iterator[str]:
         f"Milliseconds of one training step, not compiled{threads}, as one quantity grows (batch, "
         "latents and images: `mnist-mlp`; side of the images: `mnist-conv`), and of drawing the "
         "order of an epoch. Work: operations of matrix products and convolutions, or images to "
-        f"order. Exponents are of the {section['fitted']} largest sizes; time's may exceed "
-        f"work's by {section['tolerance']:g}.\n"
+        f"order. Exponents are of the {section['fitted']} largest sizes.\n"
     )
     yield from _table(
-        "of|exponent of time|of work|excess",
+        "of|exponent of time|of work|excess|allowed",
         (
-            [row["axis"], *(f"{row[k]:.2f}" for k in ("exponent", "work_exponent", "excess"))]
+            [
+                row["axis"],
+                *(f"{row[k]:.2f}" for k in ("exponent", "work_exponent", "excess", "tolerance")),
+            ]
             for row in section["rows"]
         ),
     )
