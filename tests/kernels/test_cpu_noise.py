@@ -125,6 +125,7 @@ def test_the_ends_of_the_range(c):
     assert torch.equal(got, philox._normals(1, 4, *place, None))
 
 
+@needs_compiler
 @pytest.mark.parametrize("shape", [(70, 1021), (1, 150_001)])
 def test_any_number_of_threads(c, shape):
     """Large draws are shared among threads."""

@@ -106,14 +106,13 @@ void fastvae_normals_begin(
         for (int64_t first = 0; first < calls; first += BLOCK) {
             int count = calls - first < BLOCK ? (int)(calls - first) : BLOCK;
             uint64_t bits[4][BLOCK];
-            float *ub = u + 2 * first;
-            uint32_t *ab = angle + 2 * first;
             philox(call + (uint64_t)first, (uint32_t)sample, (uint64_t)*seed, bits);
             for (int i = 0; i < count; i++) {
-                ub[2 * i] = (float)(uint32_t)bits[0][i] * 0x1p-32f + 0x1p-33f;
-                ub[2 * i + 1] = (float)(uint32_t)bits[2][i] * 0x1p-32f + 0x1p-33f;
-                ab[2 * i] = (uint32_t)bits[1][i];
-                ab[2 * i + 1] = (uint32_t)bits[3][i];
+                int64_t at = 2 * (first + i);
+                u[at] = (float)(uint32_t)bits[0][i] * 0x1p-32f + 0x1p-33f;
+                u[at + 1] = (float)(uint32_t)bits[2][i] * 0x1p-32f + 0x1p-33f;
+                angle[at] = (uint32_t)bits[1][i];
+                angle[at + 1] = (uint32_t)bits[3][i];
             }
         }
         u += 2 * calls, angle += 2 * calls;
