@@ -1,9 +1,12 @@
 """Published image data sets in the files they are published as: MNIST, Fashion-MNIST, CIFAR-10."""
 
+import pickletools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastvae.data import decode, tables
 from fastvae.data.arrays import read_idx
@@ -98,22 +101,48 @@ def read_cifar10(config: DataConfig, *, whole: bool) -> list[ImageSet]:
 
     with tables.needs("torchvision", "cifar10"):
         from torchvision.datasets import CIFAR10
-    # The published files are pickles, the only ones ever opened here: torchvision compares them
-    # with their published MD5 first.
-    try:
-        parts = [CIFAR10(data_dir, train, download=config.download) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        failed = f"read from {original}" if original.is_dir() else f"downloaded into {data_dir}"
-        remedy = "Remove that folder and fetch" if original.is_dir() else "Fetch"
-        raise UserError(
-            f"cifar10 cannot be {failed}: {tables.first_line(error)}. {remedy} it again with "
-            "--download"
-        ) from error
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    return [
-        ImageSet(decode.fit_images(pixels, config), torch.tensor(part.targets), "cifar10")
-        for pixels, part in zip(images, parts, strict=True)
-    ]
+        from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+    if not original.is_dir():
+        try:
+            download_and_extract_archive(
+                CIFAR10.url, str(data_dir), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5
+            )
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"cifar10 cannot be downloaded into {data_dir}: {tables.first_line(error)}. Fetch "
+                f"{CIFAR10.url} by other means and unpack it there"
+            ) from error
+    sets = []
+    for batches in (CIFAR10.train_list, CIFAR10.test_list):
+        parts = []
+        for name, md5 in batches:
+            if not check_integrity(str(original / name), md5):
+                raise UserError(
+                    f"{original / name} is not there, or not as it was published: its MD5 should "
+                    f"be {md5}. Remove {original} and fetch it again with --download"
+                )
+            parts.append(_read_cifar10_batch((original / name).read_bytes()))
+        pixels, labels = (torch.cat(found) for found in zip(*parts, strict=True))
+        sets.append(ImageSet(decode.fit_images(pixels, config), labels, "cifar10"))
+    return sets
+
+
+def _read_cifar10_batch(content: bytes) -> tuple[Tensor, Tensor]:
+    """uint8 `[N, 3, 32, 32]` and int64 `[N]` from a published file.
+
+    It is a pickle of a dictionary, which is not executed here: among its operations those are
+    looked for that push the bytes of `data` and the numbers of `labels`.
+    """
+    key, labels, pixels = "", [], b""
+    for _, value, _ in pickletools.genops(content):
+        if value in ("data", "labels", "filenames", "batch_label"):
+            key = value
+        elif key == "labels" and isinstance(value, int) and value < 10:
+            labels.append(value)
+        elif key == "data" and isinstance(value, str | bytes | bytearray) and len(value) >= 3072:
+            pixels = value.encode("latin-1") if isinstance(value, str) else bytes(value)
+    array = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
+    return torch.from_numpy(array.copy()), torch.tensor(labels)
 
 
 def _not_there(data: str, expected: str) -> UserError:

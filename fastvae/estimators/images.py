@@ -1,14 +1,16 @@
 """How near reconstructions are to their originals, and samples to data."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvae.errors import UserError
+from fastvae.files import sha256
 
 _WINDOW = 11  # of SSIM, in pixels, with σ = 1.5 (Wang et al. 2004)
 _MIN_MSE = 1e-10  # 100 dB: an image that comes back exactly would have a PSNR of infinity
@@ -162,9 +164,10 @@ def inception_features(
 ) -> Features | str:
     """The 2048 pooled features of torchvision's Inception-v3, or why there are none.
 
-    Nothing is downloaded: the weights are `weights_file`, or lie where torch.hub keeps its
-    checkpoints. The published FIDs use other weights, ported from TensorFlow, and another resize,
-    so that none compares with these; the name says so.
+    Nothing is downloaded: the weights are `weights_file`, a .safetensors file, or lie where
+    torch.hub keeps its checkpoints. torchvision publishes a pickle, which is not opened here; the
+    answer where there is no file says how to convert it. The published FIDs use other weights,
+    ported from TensorFlow, and another resize, so that none compares with these; the name says so.
 
     `extract` takes uint8 or floating images on the scale of [0, 1], grey or RGB, of any size
     (resized to 299×299, bilinear with antialiasing), and gives float32 `[B, 2048]` on `device`.
@@ -176,19 +179,22 @@ def inception_features(
     from torchvision.models import Inception_V3_Weights, inception_v3
 
     url = Inception_V3_Weights.IMAGENET1K_V1.url
-    file = weights_file or Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    published = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    file = weights_file or published.with_suffix(".safetensors")
     if not file.is_file():
         return (
-            f"the weights of torchvision's Inception-v3 are not at {file}: "
-            f"download {url} to there, or give the path of the file"
+            f"the weights of torchvision's Inception-v3 are not at {file}. Download {url} to "
+            f"{published} and convert it: python -c 'import torch, safetensors.torch as s; "
+            f's.save_file(torch.load("{published}", weights_only=True), "{file}")\''
         )
     # aux_logits: the file holds the auxiliary classifier too. The images come already scaled.
     network = inception_v3(aux_logits=True, transform_input=False, init_weights=False)
     try:
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # a file that is no archive of tensors has many faces
+        network.load_state_dict(load_file(file))
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(
-            f"{file} does not hold the weights of torchvision's Inception-v3; it is the file {url}"
+            f"{file} does not hold the weights of torchvision's Inception-v3 ({url}) in the format "
+            "of safetensors"
         ) from error
     network.fc = torch.nn.Identity()
     network.eval().to(device)
@@ -205,25 +211,11 @@ def inception_features(
         )
         return network(2 * x - 1)
 
-    return Features(_weights_name(file, url), extract)
-
-
-def _weights_name(file: Path, url: str) -> str:
-    """torchvision ends the name of its file with the first digits of the file's SHA-256."""
-    published = Path(url).stem.rpartition("-")[2]
-    with file.open("rb") as opened:
-        found = hashlib.sha256()
-        while block := opened.read(2**20):
-            found.update(block)
-    if found.hexdigest().startswith(published):
-        return (
-            "torchvision Inception-v3 (ImageNet) pool features; "
-            "not comparable with published FIDs, which use the TensorFlow port"
-        )
-    return (
-        f"Inception-v3 pool features with the weights of {file.name}, which are not torchvision's; "
-        "not comparable with published FIDs"
+    name = (
+        f"pool features of torchvision's Inception-v3 with the weights of {file.name} (SHA-256 "
+        f"{sha256(file)[:8]}…); not comparable with published FIDs, which use the TensorFlow port"
     )
+    return Features(name, extract)
 
 
 def _unit_scale(images: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_rows_that_name_files(tmp_path: Path) -> None:
     features = datasets.Features({"img": datasets.Image()})
     rows = datasets.Dataset.from_dict({"img": [str(tmp_path / "a.png")]}, features=features)
     (images,) = read_table(rows, "mine", DataConfig(), whole=True)
-    assert torch.equal(images.images[0], chw(pixels))
+    assert torch.equal(images.loaded().tensor[0], chw(pixels))
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match=r"mine, split all, row 0, .*No such file.*a\.png"):
         read_table(rows, "mine", DataConfig(), whole=True)

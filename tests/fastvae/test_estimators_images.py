@@ -9,6 +9,7 @@ import scipy.linalg
 import scipy.ndimage
 import torch
 from fastvae_kernels import normal, uniform
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvae.errors import UserError
@@ -140,14 +141,14 @@ def test_no_weights_no_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     reason = inception_features()
     assert isinstance(reason, str)
-    assert str(tmp_path / "checkpoints" / "inception_v3_google-0cc3c7bd.pth") in reason
+    assert str(tmp_path / "checkpoints" / "inception_v3_google-0cc3c7bd.safetensors") in reason
     assert not list(tmp_path.iterdir())  # nothing was downloaded
-    wrong = tmp_path / "wrong.pth"
-    torch.save({"a": torch.zeros(3)}, wrong)
-    with pytest.raises(UserError, match=r"wrong\.pth does not hold"):
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"a": torch.zeros(3)}, wrong)
+    with pytest.raises(UserError, match=r"wrong\.safetensors does not hold"):
         inception_features(wrong)
-    wrong.write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"wrong\.pth does not hold"):
+    torch.save({"a": torch.zeros(3)}, wrong)  # a pickle
+    with pytest.raises(UserError, match=r"wrong\.safetensors does not hold"):
         inception_features(wrong)
 
 
@@ -159,12 +160,12 @@ def test_inception_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     network = inception_v3(init_weights=False, transform_input=True).eval()
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    torch.save(network.state_dict(), checkpoints / "inception_v3_google-0cc3c7bd.pth")
+    save_file(network.state_dict(), checkpoints / "inception_v3_google-0cc3c7bd.safetensors")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     features = inception_features()
     assert isinstance(features, Features)
-    assert "not torchvision's" in features.name  # random weights do not take the name of trained
+    assert "inception_v3_google-0cc3c7bd.safetensors (SHA-256" in features.name
     assert "not comparable" in features.name
     grey = (uniform((2, 1, 299, 299), 7) * 256).to(torch.uint8)
     found = features.extract(grey)

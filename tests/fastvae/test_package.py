@@ -69,19 +69,18 @@ def test_imports_run_one_way(importer: str, imported: str) -> None:
 
 
 def test_nothing_is_pickled() -> None:
-    """No module that unpickles, and none of torch's functions that do; `torch.load` only as
-    `weights_only`, which makes nothing but tensors (a published network's weights)."""
+    """No module that unpickles, and none of torch's functions that do. (`pickletools` takes pickles
+    apart and executes nothing.)"""
     for name, path in FILES:
         modules = {found.split(".")[0] for found in imports(path)}
         assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, name
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 written = ast.unparse(node)
-                assert written not in ("torch.save", "torch.jit.load"), name
+                assert written not in ("torch.save", "torch.load", "torch.jit.load"), name
                 assert not written.endswith((".save_state", ".load_state")), name
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert options.get("weights_only") == "True", name
+                assert not written.endswith(("load_state_dict_from_url", ".get_state_dict")), name
+                assert not written.endswith(("gather_object", "broadcast_object_list")), name
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert ast.unparse(node.value) == "False", name
 
