@@ -218,7 +218,7 @@ def _second_opinions(
     for cut in part.batches(rows):
         taken = heldout.select(cut).to(device)
         with torch.no_grad():
-            x = vae.likelihood.observe(taken.images, observe_seed, cut.start)
+            x = vae.likelihood.observe(taken.tensor, observe_seed, cut.start)
             condition = vae.condition(taken.labels)
             p = vae.prior_of(condition)
 
@@ -353,7 +353,7 @@ def _reconstructed(vae: VAE, data: ImageSet, scores: Scores, cut: slice) -> tupl
     taken = data.select(cut).to(device)
     z = scores.latents.mu[cut].to(device)
     labels = taken.labels if vae.num_classes else None
-    return pixels(taken.images), vae.decode(z, labels)
+    return pixels(taken.tensor), vae.decode(z, labels)
 
 
 def _reconstruction(vae: VAE, heldout: ImageSet, scores: Scores, share: Share) -> dict[str, Any]:
@@ -395,7 +395,7 @@ def training_means(
     means = []
     for start, part in enumerate(chosen.split(BATCH)):
         taken = train_set.select(part).to(device)
-        batch = Batch(taken.images, taken.labels, part.to(device) if vae.reads_index else None)
+        batch = Batch(taken.tensor, taken.labels, part.to(device) if vae.reads_index else None)
         found = vae.infer(batch, derived_seed("training means", seed), start * BATCH)
         means.append(vae.posterior.moments(found.statistics).mu.float().cpu())
     labels = train_set.labels
@@ -420,7 +420,7 @@ def _frechet(vae: VAE, heldout: ImageSet, seed: int) -> dict[str, Any]:
         return {"unavailable": "it compares covariances, which take at least two images"}
     labels = heldout.labels[:count] if vae.num_classes and heldout.labels is not None else None
     samples = vae.sample(count, seed=seed, labels=labels).clamp(0, 1)
-    real = pixels(heldout.images[:count])
+    real = pixels(heldout.select(slice(count)).loaded().tensor)
     found = estimators.frechet_distance(
         torch.cat([features.extract(part) for part in real.split(100)]),
         torch.cat([features.extract(part) for part in samples.split(100)]),

@@ -16,6 +16,7 @@ from fastvae.vae import VAE, build_vae
 
 TABLE_STEPS = 500
 IMAGES_OF_AVERAGE = 10_000
+BYTES_OF_AVERAGE = 1 << 28
 
 
 def build_model(config: ModelConfig, train_set: ImageSet, batch_size: int) -> Model:
@@ -62,7 +63,9 @@ def _build_vae(config: ModelConfig, train_set: ImageSet) -> VAE:
     """
     vae = build_vae(model_spec(config, train_set))
     if of_average := getattr(vae.likelihood, "of_average", None):
-        vae.decoder.start_at(of_average(_some(train_set, IMAGES_OF_AVERAGE)))  # type: ignore[operator]
+        most = max(1, BYTES_OF_AVERAGE // (train_set.nbytes // len(train_set)))
+        some = _some(train_set, min(IMAGES_OF_AVERAGE, most))
+        vae.decoder.start_at(of_average(some))  # type: ignore[operator]
     if initialize := getattr(vae.prior, "initialize_from", None):
         initialize(_some(train_set, config.prior_components))
     return vae
@@ -70,7 +73,7 @@ def _build_vae(config: ModelConfig, train_set: ImageSet) -> VAE:
 
 def _some(train_set: ImageSet, count: int) -> Tensor:
     """At least so many images (or all), evenly spread over the set, as stored."""
-    return train_set.images[:: max(1, len(train_set) // count)]
+    return train_set.select(slice(None, None, max(1, len(train_set) // count))).loaded().tensor
 
 
 def model_spec(config: ModelConfig, train_set: ImageSet) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import tyro
@@ -15,7 +17,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from fastvae import commands
 from fastvae.allocator import keep_freed_memory
 from fastvae.config import Config, from_json
-from fastvae.errors import UserError
+from fastvae.errors import FastvaeWarning, OneProcessError, Stopped, UserError
 from fastvae.presets import DEFAULT_LABELS_PRESET, DEFAULT_PRESET, PRESETS, preset
 from fastvae.runs import read_config
 from fastvae.training import train
@@ -73,6 +75,16 @@ def _base(arguments: Sequence[str]) -> TrainArguments:
     return TrainArguments(preset=name, settings=preset(name))
 
 
+_format = warnings.formatwarning
+
+
+def _formatted(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Ours in one line: where in the code they came up helps nobody."""
+    if issubclass(category, FastvaeWarning):
+        return f"warning: {message}\n"
+    return _format(message, category, *place, **more)
+
+
 def _typed(command: Callable[..., None]) -> Callable[[Sequence[str]], None]:
     """A command whose flags are its function's parameters."""
 
@@ -99,12 +111,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         _usage(arguments)
     keep_freed_memory()
+    warnings.formatwarning = _formatted
     try:
         COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # one message, not one for each process
+        # One message, not one for each process.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OneProcessError):
             print(f"fastvae {arguments[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastvae {arguments[0]}: {stopped}", file=sys.stderr)
+        sys.exit(0 if stopped.number == signal.SIGTERM else 128 + stopped.number)
     except KeyboardInterrupt:
         print(f"fastvae {arguments[0]}: interrupted", file=sys.stderr)
         sys.exit(130)

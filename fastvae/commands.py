@@ -114,7 +114,7 @@ def reconstruct(
     parts = [vae.reconstruct(*batch).cpu() for batch in _batches(vae, given)]
     path = output or run / "reconstructed.png"
     _make_parent(path)
-    originals = pixels(given.images)
+    originals = pixels(given.tensor)
     figures.save_pairs(originals, torch.cat(parts), path, columns=min(8, len(given)))
     print(path)
 
@@ -356,7 +356,7 @@ def _batches(vae: VAE, images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.T
     device = next(vae.parameters()).device
     for start in range(0, len(images), BATCH):
         batch = images.select(slice(start, start + BATCH)).to(device)
-        yield batch.images, batch.labels if vae.num_classes else None
+        yield batch.tensor, batch.labels if vae.num_classes else None
 
 
 def _columns(n: int) -> int:

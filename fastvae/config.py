@@ -5,6 +5,7 @@ Settings are checked where they are made; the message names the value and the re
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -273,12 +274,16 @@ class Config:
     eval_every: float = 1.0
     """Epochs between two evaluations on held-out images."""
     checkpoint_every: float = 1.0
-    """Epochs between two checkpoints; there is always one at the end."""
+    """Epochs between two checkpoints; there is always one at the start and at the end."""
+    keep: int = 2
+    """So many of the newest checkpoints stay, besides the best by the held-out bound."""
+    max_bad_steps: int = 20
+    """Steps with a loss or gradient that is not finite are skipped; stop after so many in a row."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Send the metrics to a tracker as well (installed by the extra of the same name)."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.epochs < float("inf"), "epochs", "positive", self.epochs)
+        _require(0 < self.epochs <= 1e9, "epochs", "positive, at most 1e9", self.epochs)
         _require(
             self.max_steps is None or self.max_steps > 0, "max-steps", "positive", self.max_steps
         )
@@ -299,6 +304,8 @@ class Config:
         _require(self.log_every >= 1, "log-every", "at least 1", self.log_every)
         _require(self.eval_every > 0, "eval-every", "positive", self.eval_every)
         _require(self.checkpoint_every > 0, "checkpoint-every", "positive", self.checkpoint_every)
+        _require(self.keep >= 1, "keep", "at least 1", self.keep)
+        _require(self.max_bad_steps >= 1, "max-bad-steps", "at least 1", self.max_bad_steps)
         if reason := why_impossible(self):
             raise UserError(reason)
 
@@ -316,12 +323,12 @@ def from_json(text: str, source: str) -> Config:
 
     Raises UserError naming `source` and every unknown field or value that is not allowed.
     """
-    from pydantic import TypeAdapter, ValidationError  # only where a file is read
+    from pydantic import ValidationError  # only where a file is read
 
     try:
         json.loads(text)  # names the place of a mistake better
-        return TypeAdapter(Config).validate_json(text, strict=True)
-    except json.JSONDecodeError as error:
+        return _reader().validate_json(text, strict=True)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{source} is not JSON: {error}") from error
     except ValidationError as error:
         problems = [
@@ -334,17 +341,25 @@ def from_json(text: str, source: str) -> Config:
         ) from error
 
 
+@cache
+def _reader() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
+
+
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """The settings in which two configurations differ: {"model.latent_dim": (20, 32), …}."""
-    flat_a, flat_b = _flatten(asdict(a)), _flatten(asdict(b))
+    flat_a, flat_b = flat(asdict(a)), flat(asdict(b))
     return {key: (flat_a[key], flat_b[key]) for key in flat_a if flat_a[key] != flat_b[key]}
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"latent_dim": 20}} → {"model.latent_dim": 20}"""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

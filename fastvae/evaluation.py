@@ -1,6 +1,7 @@
 """How good a model is on images it has not seen: sums over images on each rank, then one mean."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,10 @@ def quantity_names(is_density: bool, is_bound: bool) -> dict[str, str]:
     return {"elbo": "cross_entropy_objective", "nll": "cross_entropy"}
 
 
+class BrokenOff(Exception):
+    """An evaluation was asked not to go on."""
+
+
 @torch.no_grad()
 def evaluate(
     model: Model,
@@ -67,11 +72,13 @@ def evaluate(
     seed: int,
     accelerator: Accelerator | None = None,
     batch_size: int = 500,
+    until: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Mean nll and kl over a set, one draw of z for each image (or of the weights, for all).
 
     Every image counts exactly once however many ranks share the work, and meets noise that is a
-    function of (seed, its index) alone, so that one model always gets the same figures.
+    function of (seed, its index) alone, so that one model always gets the same figures. Raises
+    BrokenOff, on every rank, where `until` said on one of them between two batches to end it.
     """
     device = next(model.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -79,15 +86,20 @@ def evaluate(
     noise_seed = derived_seed("evaluation", seed)
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # the last: who did not go on
     for start in range(first, last, batch_size):
+        if until():
+            sums[2] = 1.0
+            break
         part = heldout.select(slice(start, min(start + batch_size, last))).to(device)
-        terms: Terms = model(Batch(part.images, part.labels), noise_seed, start)
-        sums += torch.stack([terms.nll.double().mean(0).sum(), terms.kl.double().sum()])
+        terms: Terms = model(Batch(part.tensor, part.labels), noise_seed, start)
+        sums[:2] += torch.stack([terms.nll.double().mean(0).sum(), terms.kl.double().sum()])
     model.train(was_training)
     if accelerator:
         sums = accelerator.reduce(sums, reduction="sum")
-    nll, kl = (sums / len(heldout)).tolist()
+    nll, kl, broken_off = (sums / len(heldout)).tolist()
+    if broken_off:
+        raise BrokenOff
     offset, bits = model.likelihood.bits_offset, None
     # Bits of what was stored need a step of storage: floating values have none.
     levels_unknown = heldout.images.is_floating_point()

@@ -249,7 +249,9 @@ def save_curves(
     figure, axes = _pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for axis, key in zip(axes, (names["elbo"], names["nll"], "kl"), strict=True):
         for prefix, label, style in (("", "training", "-"), ("heldout_", "held out", "o-")):
-            points = [(line["epoch"], line[prefix + key]) for line in lines if prefix + key in line]
+            # There is no value where all steps of a line were skipped.
+            values = ((line["epoch"], line.get(prefix + key)) for line in lines)
+            points = [(epoch, value) for epoch, value in values if value is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
         title = _TITLES.get(key, key).replace("x given z", modelled)

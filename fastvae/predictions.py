@@ -37,7 +37,7 @@ def assess_predictions(
     device = network.mu.device
     heldout = heldout.to(device)
     network.check_labels(heldout.labels)
-    found = _scores(network.likelihood, network, heldout, draws, seed, folder)
+    found = _scores(network.likelihood, network, heldout.loaded(), draws, seed, folder)
     return {"weight_draws": draws, **found}
 
 
@@ -65,7 +65,7 @@ def _classes(
     def pool(outputs: Tensor, rows: slice) -> Tensor:
         return likelihood.pool(outputs)
 
-    summed = network.over_draws(heldout.images, pool, likelihood.join, num_samples=draws, seed=seed)
+    summed = network.over_draws(heldout.tensor, pool, likelihood.join, num_samples=draws, seed=seed)
     log_probs = summed - math.log(draws)
     assert heldout.labels is not None
     scores = classification_scores(log_probs.unsqueeze(0), heldout.labels, BINS)
@@ -107,11 +107,11 @@ def _targets(
     def join(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], dim=1)
 
-    means = network.over_draws(heldout.images, pool, join, num_samples=draws, seed=seed)
+    means = network.over_draws(heldout.tensor, pool, join, num_samples=draws, seed=seed)
     y = heldout.labels
     assert y is not None
     scores = regression_scores(means.T, likelihood.target_logvar, y)
-    mean, std = network.predict(heldout.images, num_samples=draws, seed=seed)
+    mean, std = network.predict(heldout.tensor, num_samples=draws, seed=seed)
     if folder is not None:
         figures.save_predictions(y, mean, std, folder / PREDICTIONS)
     return {

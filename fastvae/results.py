@@ -11,6 +11,7 @@ from fastvae import figures, runs
 from fastvae.bayes import BayesianNetwork
 from fastvae.data import ImageSet
 from fastvae.evaluation import Evaluation, quantity_names
+from fastvae.files import write_whole
 from fastvae.models import Model
 from fastvae.parts.networks import pixels
 from fastvae.predictions import assess_predictions
@@ -36,7 +37,7 @@ def write_results(
     model.eval()
     found = describe(model, run, heldout, result, seed)
     results = {"heldout": result.named(), **found, **circumstances}
-    (run / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(run / runs.RESULTS, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -57,8 +58,8 @@ def _vae(model: VAE, run: Path, heldout: ImageSet, result: Evaluation, seed: int
     elif model.prior.is_distribution:
         figures.save_grid(model.sample(SHOWN, seed=seed), run / runs.SAMPLES, columns=COLUMNS)
     shown = heldout.select(slice(SHOWN)).to(next(model.parameters()).device)
-    reconstructed = model.reconstruct(shown.images, shown.labels)
-    figures.save_pairs(pixels(shown.images), reconstructed, run / runs.RECONSTRUCTIONS)
+    reconstructed = model.reconstruct(shown.tensor, shown.labels)
+    figures.save_pairs(pixels(shown.tensor), reconstructed, run / runs.RECONSTRUCTIONS)
     names = quantity_names(result.is_density, result.is_bound)
     figures.save_curves(runs.read_metrics(run), names, run / runs.CURVES)
     entries = {"units": "nats per image, means over held-out images; bits_per_dim in bits"}

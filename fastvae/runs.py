@@ -1,6 +1,7 @@
 """A run's folder: where things lie in it, and how they come back."""
 
 import contextlib
+import hashlib
 import json
 import platform
 from dataclasses import replace
@@ -8,8 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import fastvae_kernels
 import torch
 
+import fastvae
 from fastvae import noise
 from fastvae.config import Config, from_json
 from fastvae.data import DataConfig, ImageSet
@@ -62,19 +65,25 @@ def read_config(run: Path) -> Config:
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is no run's folder: it has no {CONFIG}")
-    text = path.read_text()
-    with contextlib.suppress(json.JSONDecodeError):  # which from_json explains
-        if "image_shape" in json.loads(text):  # what save_pretrained writes
-            raise UserError(
-                f"{run} holds a saved model, not the run that it was trained in, which knows its "
-                "data: name the run's folder"
-            )
+    text = path.read_text(errors="replace")
+    saved: Any = None
+    with contextlib.suppress(ValueError, RecursionError):  # which from_json explains
+        saved = json.loads(text)
+    if isinstance(saved, dict) and "image_shape" in saved:  # what save_pretrained writes
+        raise UserError(
+            f"{run} holds a saved model, not the run that it was trained in, which knows its "
+            "data: name the run's folder"
+        )
     return from_json(text, str(path))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    """The lines of metrics.jsonl. Raises UserError where one is none."""
+    path = run / METRICS
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def load_model(run: Path, device: str = "auto") -> Model:
@@ -111,24 +120,43 @@ def prepare(images: ImageSet, config: Config) -> ImageSet:
     """Apply what the run fixed once for each image: static binarisation."""
     if config.model.binarization != "static":
         return images
+    if not isinstance(images.images, torch.Tensor):
+        raise UserError(
+            f"--binarize static draws all pixels once, and those of {images.name} do not fit into "
+            "the --data-budget: raise it, or take --binarize dynamic"
+        )
     seed = noise.derived_seed("static binarisation", config.seed, images.name)
     drawn = (binarize(images.images, seed, 0) * 255).to(torch.uint8)
     return replace(images, images=drawn)
 
 
-def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Versions and hardware, for results that can be placed."""
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that compute."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
+    return found
+
+
+def code() -> str:
+    """A fingerprint of the source of this package and of its kernels, as installed here."""
+    digest = hashlib.sha256()
+    for package in (fastvae, fastvae_kernels):
+        for file in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Versions and hardware, for results that can be placed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     hardware = {"device": device.type, "name": name, "processes": processes}
     if device.type == "cpu":
         hardware["threads"] = torch.get_num_threads()
-    return {"versions": versions, "hardware": hardware}
+    return {"versions": versions(), "hardware": hardware}
 
 
 def cpu_name() -> str:

@@ -14,6 +14,7 @@ from fastvae.samplers import (
     load_sampler,
     save_sampler,
 )
+from fastvae.saving import WEIGHTS_NAME, model_folder
 from fastvae.vae import VAE
 
 # Training images whose latents a sampler is fitted to.
@@ -27,9 +28,9 @@ def fitted(run: Path, vae: VAE, kind: Literal["mixture", "flow"]) -> LatentSampl
     each class where the model is conditional. Raises UserError where the run's data are gone.
     """
     path = run / f"sampler-{kind}.safetensors"
-    weights = run / "checkpoint" / "model.safetensors"
-    # A model that was saved alone has a config.json, too, but no checkpoint/.
-    if not (weights.is_file() and (run / runs.CONFIG).is_file()):
+    weights = model_folder(run) / WEIGHTS_NAME
+    # A model that was saved alone has a config.json, too, but no checkpoints/.
+    if weights.parent == run or not (run / runs.CONFIG).is_file():
         raise UserError(
             f"--sampler {kind} is fitted to the training images, and {run} is no run's folder that "
             "says which they were"

@@ -117,7 +117,7 @@ def _score(
         # A last batch of another size would be compiled again: it is filled up, then cut.
         indices = torch.arange(part.start, part.start + rows).clamp(max=share.last - 1)
         taken = data.select(indices if part.stop - part.start < rows else part).to(device)
-        batch = Batch(taken.images, taken.labels)
+        batch = Batch(taken.tensor, taken.labels)
         columns.append(
             {
                 name: values[: part.stop - part.start]

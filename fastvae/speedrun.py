@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from fastvae.allocator import keep_freed_memory
+from fastvae.checkpoints import STATE_NAME
 from fastvae.config import Config
 from fastvae.data import load_data
 from fastvae.errors import UserError
 from fastvae.estimators.importance import mean_and_standard_error
 from fastvae.presets import preset
 from fastvae.runs import RESULTS, load_vae, prepare
+from fastvae.saving import model_folder
 from fastvae.scores import score, scoring_seed
 from fastvae.training import train
 
@@ -98,7 +100,7 @@ def run_seed(config: Config, samples: int) -> dict[str, Any]:
 
 
 def _images_trained(run: Path) -> int:
-    return json.loads((run / "checkpoint/state.json").read_text())["samples"]
+    return json.loads((model_folder(run) / STATE_NAME).read_text())["samples"]
 
 
 # ------------------------------------------------------------------------------------ all seeds

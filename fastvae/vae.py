@@ -103,6 +103,11 @@ class VAE(
             raise UserError(
                 f"{type(self.prior).__name__} is a prior for each class: give the model num_classes"
             )
+        for part in (self.prior, decoder):
+            if (own := getattr(part, "latent_dim", latent_dim)) != latent_dim:
+                raise UserError(
+                    f"the model has {latent_dim} latents and its {type(part).__name__} {own}"
+                )
         if self.reads_index and refinement is None:
             raise UserError("a table has no answer for unseen images: give the model a refinement")
 

@@ -1,7 +1,8 @@
 """Images kept as arrays: IDX (the format of MNIST), .npy, .npz and .safetensors files."""
 
 import gzip
-import zipfile
+import math
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from fastvae.data.image_set import ImageSet
 from fastvae.errors import UserError
 
 ENDINGS = (".npy", ".npz", ".safetensors")
+# Bytes that gzip makes of one at most, a little more than its 1032.
+MOST_UNPACKED = 1100
 
 _PAIRS = (("x_train", "x_test"), ("train_images", "test_images"), ("train", "test"))
 _PAIR_LABELS = (
@@ -66,26 +68,28 @@ def read_idx(path: Path, ndim: int) -> Tensor:
     Raises UserError if it is something else, or incomplete.
     """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            # Two zero bytes, the type (8: unsigned bytes), the number of dimensions, these.
+            header = file.read(4 + 4 * ndim)
+            if header[:4] != bytes((0, 0, 8, ndim)) or len(header) < 4 + 4 * ndim:
+                raise UserError(
+                    f"{path} is not an IDX file of bytes in {ndim} dimensions: it begins with "
+                    f"{header[:4].hex(' ') or 'nothing'}. Fetch it again"
+                )
+            shape = struct.unpack(f">{ndim}I", header[4:])
+            count = math.prod(shape)
+            # What no file of this size can unpack to is not asked for.
+            possible = count <= MOST_UNPACKED * path.stat().st_size
+            values = bytearray(file.read(count + 1) if possible else b"")
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise UserError(f"{path} cannot be read: {error}. Fetch it again") from error
-    # Two zero bytes, the type (8: unsigned bytes), the number of dimensions, the dimensions.
-    header = 4 + 4 * ndim
-    if content[:4] != bytes((0, 0, 8, ndim)) or len(content) < header:
+    if len(values) != count or not count:
+        found = f"more than {count}" if len(values) > count else f"{len(values)}"
         raise UserError(
-            f"{path} is not an IDX file of bytes in {ndim} dimensions: it begins with "
-            f"{content[:4].hex(' ') or 'nothing'}. Fetch it again"
-        )
-    shape = np.frombuffer(content, dtype=">u4", count=ndim, offset=4).astype(int)
-    if len(content) - header != shape.prod():
-        raise UserError(
-            f"{path} should hold {shape.prod()} values and holds {len(content) - header}. "
+            f"{path} should hold {count} values and holds {found if possible else 'fewer'}. "
             "Fetch it again"
         )
-    values = np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
-    return torch.from_numpy(values.copy())  # a copy, since `content` cannot be written to
+    return torch.frombuffer(values, dtype=torch.uint8).view(shape)
 
 
 @contextmanager
@@ -95,14 +99,7 @@ def _named_errors(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # of NumPy, zipfile, tokenize and others, almost anything
         if "pickle" in str(error):  # both of NumPy's messages say it, and it has no class for them
             raise UserError(
                 f"{path} holds pickled Python objects, or is no NumPy file at all. Unpickling runs "
@@ -110,7 +107,8 @@ def _named_errors(path: Path) -> Iterator[None]:
                 "numpy.save(path, images) with images of type uint8"
             ) from error
         raise UserError(
-            f"{path} cannot be read: {error}. It may be incomplete: write or fetch it again"
+            f"{path} cannot be read: {str(error) or type(error).__name__}. It may be incomplete: "
+            "write or fetch it again"
         ) from error
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from fastvae.errors import UserError
 
 
@@ -29,6 +31,15 @@ class DataConfig:
     """Share of the images held out for evaluation where the source has no test split."""
     flip: bool = False
     """Mirror a training image left to right with probability 1/2, each time it is met."""
+    data_budget: float | None = None
+    """GiB that decoded images may take in memory. Larger sets of image files, Parquet and Arrow are
+    decoded as they are needed, in the same order. None: half of what is free."""
+    data_workers: int | None = None
+    """Processes that decode images which are not kept in memory. None: one for each core, at most
+    8."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What to do about an image that cannot be read: stop, or take the next one in its place, with
+    a warning."""
     train_limit: int | None = None
     """Train on the first so many training images only; None: all."""
     heldout_limit: int | None = None
@@ -41,9 +52,19 @@ class DataConfig:
             )
         if not 0.0 < self.holdout < 1.0:
             raise UserError(f"--holdout is a share between 0 and 1, got {self.holdout}")
+        if self.data_budget is not None and not self.data_budget >= 0:
+            raise UserError(f"--data-budget is in GiB, 0 or more, got {self.data_budget}")
         for flag, limit in (
+            ("data-workers", self.data_workers),
             ("train-limit", self.train_limit),
             ("heldout-limit", self.heldout_limit),
         ):
             if limit is not None and limit < 1:
-                raise UserError(f"--{flag} is a number of images, 1 or more, got {limit}")
+                raise UserError(f"--{flag} is 1 or more, got {limit}")
+
+    @property
+    def budget_bytes(self) -> float:
+        """`data_budget`, or half of the memory that is free now."""
+        if self.data_budget is None:
+            return 0.5 * psutil.virtual_memory().available
+        return self.data_budget * 2**30

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastvae.data.config import DataConfig
+from fastvae.data.stored import BadSample, Encoded, Recipe, StoredImages
 from fastvae.errors import UserError
 
 # The formats Pillow may try, and the file endings they have. Not all of Pillow's: some start
@@ -36,61 +36,64 @@ ENDINGS = (
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 
-Encoded = Path | bytes
-"""One image file, or its content."""
-
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap the sides
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _BLOCK = 16  # images to one task of the thread pool: one digit alone costs less than its task
 
 
-def read_encoded(
+def find_encoded(
     count: int,
     item: Callable[[int], Encoded],
     where: Callable[[int], str],
     config: DataConfig,
-) -> Tensor:
-    """Decode `count` images to uint8 `[N, C, H, W]`.
+) -> StoredImages:
+    """`count` images to be decoded to uint8 `[N, C, H, W]`; what is read now is their headers.
 
-    `item(i)` gives image i, `where(i)` its name for messages. Raises UserError for an image that
-    cannot be read, and for images that differ in size where `config` asks for none.
+    `item(i)` gives image i, `where(i)` its name for messages. Raises UserError for a header that
+    cannot be read, unless `config` says to skip such images, and for images that differ in size
+    where it asks for none.
     """
-    # First the headers alone: the tensor can be made only when size and channels are known.
-    greys = np.empty(count, dtype=bool)
-    sizes = np.empty((count, 2), dtype=np.int64)
+    greys = np.ones(count, dtype=bool)
+    sizes = np.zeros((count, 2), dtype=np.int64)  # 0: not known
+    skip_bad = config.on_bad_sample == "skip"
 
     def read_header(index: int) -> None:
-        with _opened(item(index), where(index)) as image:
-            greys[index] = Image.getmodebase(image.mode) == "L"
-            sizes[index] = _upright_size(image)
+        try:
+            with _opened(item(index), where(index)) as image:
+                greys[index] = Image.getmodebase(image.mode) == "L"
+                sizes[index] = _upright_size(image)
+        except BadSample:
+            if not skip_bad:
+                raise
 
     _for_each(count, read_header)
+    known = np.flatnonzero(sizes.all(axis=1))
+    if not len(known):
+        raise UserError(f"not one of {count} images can be read, the first is {where(0)}")
     channels = config.channels or (1 if greys.all() else 3)
     size = _wanted_size(config)
-    other = int((sizes != sizes[0]).any(axis=1).argmax())
-    if size is None and other:
-        (h0, w0), (h1, w1) = sizes[0], sizes[other]
+    first, other = known[0], known[(sizes[known] != sizes[known[0]]).any(axis=1).argmax()]
+    if size is None and other != first:
+        (h0, w0), (h1, w1) = sizes[first], sizes[other]
         raise UserError(
-            f"the images differ in size: {where(0)} is {h0} x {w0} (height x width) and "
+            f"the images differ in size: {where(first)} is {h0} x {w0} (height x width) and "
             f"{where(other)} is {h1} x {w1}. Give all of them one size with --image-size, "
             f"for example --image-size {min(h0, h1)} {min(w0, w1)}"
         )
 
-    height, width = size or sizes[0]
-    images = _allocate(count, channels, int(height), int(width), torch.uint8)
-    pixels = images.numpy()
+    height, width = map(int, size or sizes[first])
 
-    def read_pixels(index: int) -> None:
-        with _opened(item(index), where(index)) as image:
+    def decode(encoded: Encoded, name: str) -> NDArray[Any]:
+        with _opened(encoded, name) as image:
             if size is not None:
                 # JPEG decodes at 1/2, 1/4 or 1/8 almost for free; twice the wanted size or more
                 # leaves the filter enough to work on. Other formats ignore it.
                 image.draft(None, (2 * max(size), 2 * max(size)))
             ImageOps.exif_transpose(image, in_place=True)
-            pixels[index] = _to_array(image, channels, size, config.resize)
+            return _to_array(image, channels, size, config.resize)
 
-    _for_each(count, read_pixels)
-    return images
+    recipe = Recipe(item, where, decode, (channels, height, width), skip_bad)
+    return StoredImages(recipe, torch.arange(count))
 
 
 def fit_images(images: Tensor, config: DataConfig) -> Tensor:
@@ -179,12 +182,14 @@ def _opened(item: Encoded, where: str) -> Iterator[Image.Image]:
         file = BytesIO(item) if isinstance(item, bytes) else item
         with Image.open(file, formats=FORMATS) as image:
             yield image
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = f"it is none of {', '.join(FORMATS)}" if unknown else error
-        raise UserError(
+        reason = (
+            f"it is none of {', '.join(FORMATS)}" if unknown else str(error) or type(error).__name__
+        )
+        raise BadSample(
             f"{where} cannot be read as an image: {reason}. "
             "Restore it from where it came from, or remove it"
         ) from error

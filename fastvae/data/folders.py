@@ -29,14 +29,15 @@ def read_images(paths: Sequence[Path | str], config: DataConfig) -> ImageSet:
             raise UserError(f"there is no image file or folder {path}")
     if not files:
         raise UserError("no image was given: name image files or folders of them")
-    images = decode.read_encoded(len(files), files.__getitem__, lambda i: str(files[i]), config)
-    return ImageSet(images, None, str(paths[0]) if len(paths) == 1 else f"{len(files)} images")
+    images = decode.find_encoded(len(files), files.__getitem__, lambda i: str(files[i]), config)
+    name = str(paths[0]) if len(paths) == 1 else f"{len(files)} images"
+    return ImageSet(images, None, name).loaded()
 
 
 def read_image_folder(
     folder: Path, files: list[Path], config: DataConfig, *, whole: bool
 ) -> list[ImageSet]:
-    """Decode the images among `files`, which lie below `folder`, to uint8 `[N, C, H, W]`.
+    """Find the images among `files`, which lie below `folder`, to be decoded when they are needed.
 
     With `train` and `test`, `validation` or `val` in the folder, these are the split. Labels are
     the sorted names of the class folders of the training images, from 0, where each of them lies
@@ -57,7 +58,7 @@ def read_image_folder(
     if splits and not whole:
         groups = [require_images(folder / name, in_split[name]) for name in splits[:2]]
     ordered = [file for group in groups for file in group]
-    images = decode.read_encoded(
+    images = decode.find_encoded(
         len(ordered), ordered.__getitem__, lambda i: str(ordered[i]), config
     )
 

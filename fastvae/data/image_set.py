@@ -1,12 +1,18 @@
 """Images in memory, as every source gives them and everything after reads them."""
 
+import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastvae.errors import UserError
+from fastvae.data.stored import Pixels, StoredImages
+from fastvae.errors import FastvaeWarning, UserError
+
+# Of a set beyond it a part tells it from others.
+HASHED_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,8 +22,9 @@ class ImageSet:
     N images, C channels, H height, W width. Raises UserError where a tensor is not as described.
     """
 
-    images: Tensor
-    """uint8 `[N, C, H, W]` in 0..255, or float32 `[N, C, H, W]` in [0, 1]."""
+    images: Tensor | StoredImages
+    """uint8 `[N, C, H, W]` in 0..255, or float32 `[N, C, H, W]` in [0, 1]; or uint8 that is still
+    encoded (see `loaded`)."""
     labels: Tensor | None
     """int64 `[N]`, none negative: classes. float32 `[N]`, all finite: real targets, in the source's
     unit. None where the source has no labels."""
@@ -31,9 +38,9 @@ class ImageSet:
             raise UserError(
                 f"{self.name}: images must be uint8 or float32 [N, C, H, W], got {given}"
             )
-        if images.numel() == 0:
+        if not all(images.shape):
             raise UserError(f"{self.name}: there is no image in it, got {given}")
-        if images.dtype == torch.float32:
+        if isinstance(images, Tensor) and images.dtype == torch.float32:
             low, high = (value.item() for value in torch.aminmax(images))
             # Written this way round, the comparison refuses NaN as well.
             if not (low >= 0.0 and high <= 1.0):
@@ -83,17 +90,59 @@ class ImageSet:
         """Bytes of memory the images and labels take."""
         return self.images.nbytes + (0 if self.labels is None else self.labels.nbytes)
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images and labels from others: their number, size and a SHA-256, of all
+        or, beyond HASHED_BYTES, of images spread evenly among them; of images that lie encoded, of
+        their names."""
+        count = max(1, min(len(self), HASHED_BYTES * len(self) // self.nbytes))
+        taken = self.select(torch.arange(count) * len(self) // count)
+        digest = hashlib.sha256()
+        if isinstance(taken.images, StoredImages):
+            digest.update("\0".join(taken.images.names()).encode())
+        else:
+            digest.update(taken.images.cpu().numpy().tobytes())
+        if taken.labels is not None:
+            digest.update(taken.labels.cpu().numpy().tobytes())
+        kind = str(self.images.dtype).removeprefix("torch.")
+        shape = "×".join(map(str, self.images.shape))
+        return f"{shape} {kind} {digest.hexdigest()[:16]}"
+
     def select(self, indices: Tensor | Sequence[int] | slice) -> "ImageSet":
         """The images at these positions, in this order. A slice shares memory, the rest copy."""
+        images = self.images
         if not isinstance(indices, slice):
-            indices = torch.as_tensor(indices, device=self.images.device)
+            where = images.device if isinstance(images, Tensor) else "cpu"
+            indices = torch.as_tensor(indices, device=where)
         labels = None if self.labels is None else self.labels[indices]
-        return ImageSet(self.images[indices], labels, self.name)
+        taken = images[indices] if isinstance(images, Tensor) else images.view(indices)
+        return ImageSet(taken, labels, self.name)
+
+    @property
+    def tensor(self) -> Tensor:
+        """`images` where they are in memory: a mistake of ours where they are not."""
+        assert isinstance(self.images, Tensor)
+        return self.images
+
+    def loaded(self) -> "ImageSet":
+        """The same, decoded if they were not. Raises UserError for one that cannot be."""
+        if isinstance(self.images, Tensor):
+            return self
+        found = self.images.read()
+        for problem in found.problems:
+            warnings.warn(f"{problem}; another image takes its place", FastvaeWarning, stacklevel=2)
+        return self.with_pixels(found)
+
+    def with_pixels(self, found: Pixels) -> "ImageSet":
+        """The same, of which `found` was read."""
+        labels = None if self.labels is None else self.labels[found.taken]
+        return ImageSet(found.images, labels, self.name)
 
     def to(self, device: torch.device | str) -> "ImageSet":
-        """The same images on `device`."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return ImageSet(self.images.to(device), labels, self.name)
+        """The same images on `device`, decoded."""
+        found = self.loaded()
+        labels = None if found.labels is None else found.labels.to(device)
+        return ImageSet(found.tensor.to(device), labels, self.name)
 
 
 def join(parts: Sequence[ImageSet]) -> ImageSet:
@@ -105,7 +154,7 @@ def join(parts: Sequence[ImageSet]) -> ImageSet:
         return parts[0]
     name = parts[0].name
     labels = join_labels([part.labels for part in parts], name)
-    return ImageSet(torch.cat([part.images for part in parts]), labels, name)
+    return ImageSet(torch.cat([part.tensor for part in parts]), labels, name)
 
 
 def join_labels(parts: Sequence[Tensor | None], name: str) -> Tensor | None:

@@ -26,14 +26,14 @@ class EpochOrder:
 
     def indices(self, position: int, count: int) -> Tensor:
         """Indices of the samples at `position` … `position + count − 1`: int64 `[count]`."""
-        pieces = []
+        pieces = [torch.empty(0, dtype=torch.int64)]
         while count > 0:
             epoch, start = divmod(position, self.size)
             piece = self.epoch(epoch)[start : start + count]
             pieces.append(piece)
             position += len(piece)
             count -= len(piece)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pieces[1] if len(pieces) == 2 else torch.cat(pieces)
 
     def _draw(self, epoch: int) -> Tensor:
         """The permutation of one epoch: int64 `[size]`."""

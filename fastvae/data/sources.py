@@ -25,7 +25,8 @@ def load_data(config: DataConfig, seed: int) -> tuple[ImageSet, ImageSet]:
     file of floats or a table of numbers) and agree in C, H and W. Labels `[N]` are int64 classes
     in both sets or float32 real targets in both; None where the source has none, and for the
     held-out images also where it has none for training. A held-out class may be beyond the
-    training classes. Raises UserError for whatever the user can mend.
+    training classes. Encoded images stay encoded where all of them are more than the
+    `data_budget`. Raises UserError for whatever the user can mend.
     """
     parts = _read(config, whole=False)
     if len(parts) == 1:
@@ -36,7 +37,11 @@ def load_data(config: DataConfig, seed: int) -> tuple[ImageSet, ImageSet]:
         labels = None if train.labels is None else heldout.labels
         train = replace(train, name=f"{train.name} train")
         heldout = replace(heldout, name=f"{heldout.name} test", labels=labels)
-    return train.select(slice(config.train_limit)), heldout.select(slice(config.heldout_limit))
+    train = train.select(slice(config.train_limit))
+    heldout = heldout.select(slice(config.heldout_limit))
+    if train.nbytes + heldout.nbytes > config.budget_bytes:
+        return train, heldout
+    return train.loaded(), heldout.loaded()
 
 
 def load_all(data: str, config: DataConfig) -> ImageSet:
@@ -45,7 +50,8 @@ def load_all(data: str, config: DataConfig) -> ImageSet:
     `data` is anything `--data` takes, or one image file; the other fields of `config` hold, but
     for the limits. Labels are None unless all images have them. Returns and raises as `load_data`.
     """
-    return join(_read(replace(config, data=data), whole=True))
+    images = join(_read(replace(config, data=data), whole=True))
+    return images if images.nbytes > config.budget_bytes else images.loaded()
 
 
 def split(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvae.data.config import DataConfig
-from fastvae.data.decode import Encoded, read_encoded
+from fastvae.data.decode import find_encoded
 from fastvae.data.image_set import ImageSet, join_labels
+from fastvae.data.stored import BadSample, Encoded, StoredImages
 from fastvae.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def read_table_folder(folder: Path, config: DataConfig, *, whole: bool) -> list[
 def read_table(
     loaded: "Dataset | DatasetDict", source: str, config: DataConfig, *, whole: bool
 ) -> list[ImageSet]:
-    """Decode what datasets loaded to uint8 `[N, C, H, W]`.
+    """Find the images in what datasets loaded, to be decoded when they are needed.
 
     Labels come from the first column of numbers called `label`, `labels`, `fine_label`, `target`
     or `targets`, else from the only ClassLabel column. Whole numbers are classes, floating point
@@ -128,7 +129,7 @@ def _label_column(split: "Dataset") -> str | None:
 
 def _read_images(
     splits: "dict[str, Dataset]", column: str, source: str, config: DataConfig
-) -> Tensor:
+) -> StoredImages:
     # As Arrow, the encoded images stay in the mapped file until their row is decoded.
     names = list(splits)
     rows = [split.with_format("arrow")[:][column] for split in splits.values()]
@@ -149,9 +150,9 @@ def _read_images(
             return bytes(value["bytes"])
         if value.get("path"):
             return Path(value["path"])
-        raise UserError(f"{where(index)} holds no image. Remove the row, or mend it")
+        raise BadSample(f"{where(index)} holds no image. Remove the row, or mend it")
 
-    return read_encoded(starts[-1], item, where, config)
+    return find_encoded(starts[-1], item, where, config)
 
 
 def _read_labels(split: "Dataset", column: str | None) -> Tensor | None:

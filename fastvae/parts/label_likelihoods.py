@@ -23,6 +23,8 @@ class LabelLikelihood(Protocol):
     """As an image's likelihood has it: `nll` is −log p."""
     bits_offset: None
     """There are no bits for each pixel."""
+    couples_rows: bool
+    """As an objective has it."""
 
     def check(self, labels: Tensor | None) -> None:
         """Raise UserError unless these are labels that `nll` can take. Makes the host wait."""
@@ -46,6 +48,7 @@ class CategoricalLabels(nn.Module):
 
     is_density = True
     bits_offset = None
+    couples_rows = False
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -102,6 +105,7 @@ class GaussianTargets(nn.Module):
 
     is_density = True
     bits_offset = None
+    couples_rows = False
     num_outputs = 1
 
     def __init__(self, target_mean: float, target_std: float) -> None:

@@ -237,8 +237,10 @@ class GaussianOptimal(nn.Module):
         # Images that are met exactly would make σ² 0: half a pixel's step is as fine as they are.
         logvar = error.clamp(min=(0.5 / 255) ** 2).log()
         with torch.no_grad():
-            self.steps += 1
-            self.logvar.lerp_(logvar, torch.clamp(1.0 / self.steps, min=0.01))
+            good = logvar.isfinite()  # a step that is not is skipped, and must leave nothing here
+            self.steps += good
+            found = torch.where(good, logvar, self.logvar)
+            self.logvar.lerp_(found, torch.clamp(1.0 / self.steps.clamp(min=1), min=0.01))
         return gaussian_nll(parameters, x, logvar, row_weight=_mean_weight(parameters), impl=impl)
 
     def mean(self, parameters: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastvae import noise
 from fastvae.errors import UserError
 from fastvae.parts.latents import LatentGaussian
+from fastvae.parts.ranks import joined_over_ranks
 from fastvae.parts.spec import part
 from fastvae.parts.terms import Terms
 
@@ -19,7 +20,8 @@ class Objective(Protocol):
     num_samples: int
     """S: how many z are drawn for each x."""
     couples_rows: bool
-    """Whether the loss of one row depends on the others of its batch."""
+    """Whether the loss of one row depends on the others of its batch. With several processes it
+    gathers them (`joined_over_ranks`)."""
 
     def __call__(self, terms: Terms, position: Tensor, seed: Tensor) -> Tensor:
         """The loss of each row, `[B]`; `position` int64 `[B]` counts the samples met before."""
@@ -178,13 +180,14 @@ class TotalCorrelation(nn.Module):
             raise UserError("the total correlation needs a diagonal Gaussian posterior")
         z_BD = terms.z[0].float()
         q = LatentGaussian(terms.q.mu.float(), terms.q.logvar.float())
-        # log q(z_i | x_j) of each latent: rows i, columns j.
-        apart_BBD = (z_BD.unsqueeze(1) - q.mu) * torch.exp(-0.5 * q.logvar)
-        log_q_BBD = -0.5 * (apart_BBD.square() + q.logvar + math.log(2 * math.pi))
-        scale = math.log(len(z_BD) * self.dataset_size)
+        # log q(z_i | x_j) of each latent: rows i, columns j, which are those of all processes.
+        mu_AD, logvar_AD = joined_over_ranks(q.mu), joined_over_ranks(q.logvar)
+        apart_BAD = (z_BD.unsqueeze(1) - mu_AD) * torch.exp(-0.5 * logvar_AD)
+        log_q_BAD = -0.5 * (apart_BAD.square() + logvar_AD + math.log(2 * math.pi))
+        scale = math.log(len(mu_AD) * self.dataset_size)
         log_q_z_given_x = q.log_prob(z_BD)
-        log_q_z = torch.logsumexp(log_q_BBD.sum(2), dim=1) - scale
-        log_q_each = (torch.logsumexp(log_q_BBD, dim=1) - scale).sum(1)
+        log_q_z = torch.logsumexp(log_q_BAD.sum(2), dim=1) - scale
+        log_q_each = (torch.logsumexp(log_q_BAD, dim=1) - scale).sum(1)
         log_p_z = terms.p.log_prob(z_BD)
         return (
             terms.nll.mean(0)
@@ -215,10 +218,9 @@ class MMD(nn.Module):
 
     def forward(self, terms: Terms, position: Tensor, seed: Tensor) -> Tensor:
         assert terms.z is not None and terms.p is not None
-        z = terms.z[0].float()
-        drawn = terms.p.sample(
-            len(z), noise.stream(seed, noise.MATCH), z.device, offset=position[:1]
-        )
+        z = joined_over_ranks(terms.z[0].float())  # of the whole batch, as the prior's draws
+        first = joined_over_ranks(position)[:1]
+        drawn = terms.p.sample(len(z), noise.stream(seed, noise.MATCH), z.device, offset=first)
         return terms.nll.mean(0) + self.beta * terms.kl + self.mmd_weight * self.mmd(z, drawn)
 
     def mmd(self, a: Tensor, b: Tensor) -> Tensor:

@@ -1,15 +1,8 @@
-"""Checkpoints: safetensors and JSON only, complete or absent.
-
-A checkpoint is a folder: `model.safetensors` and `config.json` (what `load_pretrained` reads;
-the averaged weights where there are any), `training.safetensors` (the weights in training and the
-optimizer's state, by parameter name) and `state.json` (the counters). It is written beside its
-place and moved there by renaming, so that a crash leaves the previous one.
-"""
+"""What a checkpoint holds of a training run, and how it comes back."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,71 +11,89 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastvae import checkpoints
 from fastvae.errors import UserError
 from fastvae.models import Model
-from fastvae.saving import WEIGHTS_NAME, save_model
+from fastvae.saving import CONFIG_NAME, WEIGHTS_NAME
 
 Contents = TypeVar("Contents")
 
-FOLDER = "checkpoint"
-TRAINING_NAME = "training.safetensors"
-STATE_NAME = "state.json"
-FORMAT = 1
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one step, copied: training may go on while it is written."""
 
-def save_checkpoint(
-    run: Path,
-    *,
-    model: Model,
-    trained: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-) -> None:
-    """Write `run/checkpoint`, replacing the one before.
+    step: int
+    spec: dict[str, Any]
+    weights: dict[str, Tensor]
+    """Of the model to use: the averaged ones where there are any."""
+    training: dict[str, Tensor]
+    state: dict[str, Any]
+    heldout: float | None
+    copied: torch.cuda.Event | None
+    """When the copies are made; None on a CPU, where they are."""
 
-    `model` is the one to use (averaged weights, or `trained` itself), `trained` the module whose
-    parameters the optimizer updates, `state` the counters, as JSON values.
-    """
-    target, fresh, previous = run / FOLDER, run / f".{FOLDER}.new", run / f".{FOLDER}.old"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_model(model, fresh)
-    save_file(_training_tensors(trained, optimizer), fresh / TRAINING_NAME)
-    (fresh / STATE_NAME).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
-    for file in fresh.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if target.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        target.rename(previous)
-    fresh.rename(target)
-    shutil.rmtree(previous, ignore_errors=True)
+    @classmethod
+    def of(
+        cls,
+        *,
+        model: Model,
+        trained: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        heldout: float | None,
+    ) -> "Snapshot":
+        """`model` is the one to use (averaged weights, or `trained` itself), `trained` the module
+        whose parameters the optimizer updates, `state` the counters, as JSON values, `step` among
+        them. The copies are made on the device, for which the host does not wait."""
+        weights = {name: _copied(value) for name, value in model.state_dict().items()}
+        training = {name: _copied(x) for name, x in _training_tensors(trained, optimizer).items()}
+        copied = None
+        if next(trained.parameters()).is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        return cls(state["step"], model.spec(), weights, training, state, heldout, copied)
+
+    def write(self, run: Path) -> Path:
+        """Commit it to `run/checkpoints`, on any thread. Raises OSError."""
+        weights, training = self._on_host(self.weights), self._on_host(self.training)
+
+        def fill(folder: Path) -> None:
+            (folder / CONFIG_NAME).write_text(json.dumps(self.spec, indent=2) + "\n")
+            save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+            save_file(training, folder / checkpoints.TRAINING_NAME)
+            text = json.dumps(self.state, indent=2) + "\n"
+            (folder / checkpoints.STATE_NAME).write_text(text)
+
+        return checkpoints.commit(run, self.step, fill, heldout=self.heldout)
+
+    def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.copied is None:
+            return tensors
+        # A stream of its own: the copy to the host does not queue behind training.
+        device = next(iter(tensors.values())).device
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            self.copied.synchronize()
+            return {name: x.to("cpu") for name, x in tensors.items()}
 
 
 def load_checkpoint(
-    run: Path, *, model: Model, trained: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, *, model: Model, trained: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put the weights and the optimizer's state of `run/checkpoint` in place; return the counters.
+    """Put the weights and the optimizer's state of a verified checkpoint in place; return the
+    counters.
 
-    Raises UserError where there is no checkpoint, or one that is damaged or of another model.
+    Raises UserError where it is of another model or cannot be read.
     """
-    folder = run / FOLDER
-    if not folder.is_dir():
-        # A crash between the two renames leaves the previous one under its waiting name.
-        folder = run / f".{FOLDER}.old"
-    if not (folder / STATE_NAME).is_file():
-        raise UserError(f"{run} has no checkpoint to resume from; start it without --resume")
-    state = _read(folder / STATE_NAME, lambda file: json.loads(file.read_text()))
-    tensors = _read(folder / TRAINING_NAME, load_file)
+    state = _read(folder / checkpoints.STATE_NAME, lambda file: json.loads(file.read_text()))
+    if not isinstance(state, dict):
+        raise UserError(f"{folder / checkpoints.STATE_NAME} holds no counters of a run")
+    tensors = _read(folder / checkpoints.TRAINING_NAME, load_file)
     weights = _read(folder / WEIGHTS_NAME, load_file)
-    if state.get("format") != FORMAT:
-        raise UserError(
-            f"the checkpoint {folder} has format {state.get('format')}, this version reads {FORMAT}"
-        )
     try:
         model.load_state_dict(weights)
         _restore(trained, optimizer, tensors)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"the checkpoint {folder} is of another model: {error}") from error
     return state
 
@@ -90,18 +101,21 @@ def load_checkpoint(
 def _read(file: Path, read: Callable[[Path], Contents]) -> Contents:
     try:
         return read(file)
-    except (SafetensorError, OSError, ValueError) as error:  # JSON's and Unicode's are ValueErrors
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        # JSON's and Unicode's errors are ValueErrors.
         raise UserError(f"the checkpoint is damaged, {file} cannot be read: {error}") from error
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _training_tensors(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights and buffers as `weight/NAME` and the optimizer's state as `optimizer.KEY/NAME`."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in trained.state_dict().items():
-        tensors[f"weight/{name}"] = value.detach().contiguous()
+    tensors = {f"weight/{name}": value for name, value in trained.state_dict().items()}
     for name, parameter in trained.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}/{name}"] = value.detach().contiguous()
+            tensors[f"optimizer.{key}/{name}"] = value
     return tensors
 
 

@@ -17,6 +17,10 @@ class Clock:
         self.seconds = 0.0
         self.window_start = time.perf_counter()
 
+    @staticmethod
+    def now() -> float:
+        return time.perf_counter()
+
     def first_step(self, device: torch.device) -> None:
         """The first step has been taken."""
         _synchronize(device)
@@ -26,6 +30,10 @@ class Clock:
     def count(self, images: int) -> None:
         """So many images more, after the first step."""
         self.window_images += images
+
+    def window(self) -> float:
+        """Seconds since `rate` was last asked."""
+        return time.perf_counter() - self.window_start
 
     def rate(self) -> float:
         """Images per second since the last call, to be asked when the host has just waited."""

@@ -1,7 +1,7 @@
 """Whether and how to compile the training step."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -56,13 +56,14 @@ def training_flops(step: TrainingStep, batch: Batch) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-Gradients = Callable[[Tensor], tuple[tuple[Tensor | None, ...], Tensor]]
+Gradients = Callable[[Tensor], tuple[tuple[Tensor | None, ...], Tensor, Tensor]]
 
 
 def gradients_in_one_graph(
-    module: nn.Module, parameters: list[nn.Parameter], accelerator: Accelerator
+    module: nn.Module, parameters: list[nn.Parameter], rows: int, accelerator: Accelerator
 ) -> Gradients | None:
-    """A compiled function: a position → the gradients of `parameters`, and the sums to log.
+    """A compiled function: the position of `rows` rows → the gradients of `parameters`, the
+    sums to log, and whether something is `not_finite`.
 
     Forward and backward in one graph share what they compute and keep less between them. None
     where PyTorch (before 2.12 or so) cannot trace the backward pass with the forward.
@@ -71,13 +72,30 @@ def gradients_in_one_graph(
         return None
     torch._dynamo.config.trace_autograd_ops = True
 
-    def gradients(position: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    def gradients(position: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
         with accelerator.autocast():
-            loss, sums = module(position)
+            loss, sums = module(position, rows)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return tuple(map(_laid_out_as, found, parameters)), sums
+        return tuple(map(_laid_out_as, found, parameters)), sums, not_finite(sums[0], found)
 
+    # Compiled code is kept with the function's code, which would be that of every run in this
+    # process; and `Updates` does not ask again which of them it is for.
+    gradients.__code__ = gradients.__code__.replace()
     return torch.compile(gradients, fullgraph=True, dynamic=False)
+
+
+def not_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
+    """Whether one of them is NaN or infinite, or all of them together beyond float32: 0-d bool.
+
+    Gradients are read once more for it. A sum is the fastest way to read on a CPU; on a GPU it is
+    PyTorch's norm of many tensors, a few kernels for all of them.
+    """
+    there = [gradient.detach() for gradient in gradients if gradient is not None]
+    if loss.is_cuda:
+        total = torch.nn.utils.get_total_norm(there)
+    else:
+        total = torch.stack([gradient.sum() for gradient in there]).sum()
+    return (loss + total).isfinite().logical_not()
 
 
 def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -16,15 +16,16 @@ class EMA:
         self.model = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: Model, step: Tensor) -> None:
-        """average ← decay · average + (1 − decay) · weights, after step `step` (0-d, from 0).
+    def update(self, model: Model, step: Tensor, skipped: Tensor) -> None:
+        """average ← decay · average + (1 − decay) · weights, after step `step` (0-d, from 0), but
+        not if that was `skipped` (0-d bool).
 
         Early on the decay is (1 + step) / (10 + step), so that a short run's average is not still
         its first weights.
         """
         now = step.double()
         decay = torch.clamp((1.0 + now) / (10.0 + now), max=self.decay)
-        share = (1.0 - decay).float()
+        share = torch.where(skipped, 0.0, 1.0 - decay).float()
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(weight, share)
         for kept, value in zip(self.model.buffers(), model.buffers(), strict=True):

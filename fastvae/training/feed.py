@@ -1,10 +1,15 @@
 """Batches on the device, by position in the run."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from fastvae.batch import Batch
 from fastvae.data import EpochOrder, ImageSet
+from fastvae.data.stored import StoredImages
+from fastvae.errors import FastvaeWarning
+from fastvae.training.stream import Stream
 
 # Share of a GPU's free memory that the images may take; the rest is the model's.
 DEVICE_SHARE = 0.5
@@ -14,21 +19,34 @@ class Feed:
     """Hands out the rows at given positions.
 
     Where the images fit they live on the device, with the order of the epochs at hand: a batch is
-    one gather by places that the device computes. Otherwise they stay in the host's memory and a
-    batch is copied through a pinned buffer.
+    one gather by places that the device computes. Otherwise they stay in the host's memory, or, if
+    they do not fit there either, encoded where they lie; a batch is copied through a pinned buffer.
     """
 
     def __init__(
-        self, images: ImageSet, seed: int, device: torch.device, samples_ahead: int
+        self,
+        images: ImageSet,
+        seed: int,
+        device: torch.device,
+        samples_ahead: int,
+        workers: int | None = None,
     ) -> None:
-        """`samples_ahead`: the most positions that one `prepare` covers."""
+        """`samples_ahead`: the most positions that one `prepare` covers. `workers`: processes that
+        decode images which lie encoded; None: as many as there are cores, at most 8."""
         self.device = device
-        self.on_device = device.type != "cuda" or images.nbytes < DEVICE_SHARE * _free(device)
+        stored = images.images if isinstance(images.images, StoredImages) else None
+        fits = device.type != "cuda" or images.nbytes < DEVICE_SHARE * _free(device)
+        self.on_device = stored is None and fits
         self.set = images.to(device) if self.on_device else images
         self.size = len(images)
         self.order = EpochOrder(self.size, seed)
+        self.stream: Stream | None = None
+        if stored is not None:
+            self.stream = Stream(stored, self.order, workers, pinned=device.type == "cuda")
+        self.bad_samples = 0
+        """Images that could not be read, here, since the last line: others took their places."""
         # Epoch e lies in row e modulo their number.
-        epochs = 2 + samples_ahead // self.size
+        epochs = 2 + samples_ahead // self.size if self.on_device else 0
         self.epochs = torch.empty(epochs, self.size, dtype=torch.int64, device=device)
         self.held: list[int | None] = [None] * epochs
 
@@ -50,27 +68,39 @@ class Feed:
         index = self.epochs[epoch, positions % self.size]
         labels = self.set.labels
         return Batch(
-            self.set.images.index_select(0, index),
+            self.set.tensor.index_select(0, index),
             None if labels is None else labels.index_select(0, index),
             index,
         )
 
     def copied_batch(self, position: int, count: int) -> Batch:
-        """The same from the host's memory, where the images did not fit."""
+        """The same from where the images lie, by a position that the host knows."""
         index = self.order.indices(position, count)
-        images, labels = self.set.images, self.set.labels
-        rows = (
-            images.index_select(0, index),
-            None if labels is None else labels.index_select(0, index),
-            index,
-        )
+        return self._copied(self.set.select(index).loaded(), index)
+
+    def streamed_batch(self, position: int, count: int) -> Batch:
+        """The same, in the order that `stream.begin` announced: decoded ahead."""
+        if self.stream is None:
+            return self.copied_batch(position, count)
+        found = self.stream.next(position)
+        self.bad_samples += len(found.problems)
+        for problem in found.problems:
+            warnings.warn(
+                f"{problem}; another of its batch takes its place", FastvaeWarning, stacklevel=2
+            )
+        index = self.order.indices(position, count)
+        return self._copied(self.set.select(index).with_pixels(found), index[found.taken])
+
+    def _copied(self, rows: ImageSet, index: Tensor) -> Batch:
         copied = (
-            None if x is None else self._pinned(x).to(self.device, non_blocking=True) for x in rows
+            None if x is None else self._pinned(x).to(self.device, non_blocking=True)
+            for x in (rows.tensor, rows.labels, index)
         )
         return Batch(*copied)  # type: ignore[arg-type]
 
     def _pinned(self, x: Tensor) -> Tensor:
-        return x.pin_memory() if self.device.type == "cuda" else x
+        pin = self.device.type == "cuda" and not (x.is_cuda or x.is_pinned())
+        return x.pin_memory() if pin else x
 
 
 def _free(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """What a run says while it trains: metrics.jsonl, trackers, and the person watching."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from fastvae.files import write_whole
 from fastvae.runs import METRICS
 
 # Where there is no terminal to draw a bar on.
@@ -19,9 +21,17 @@ class RunLog:
     """Writes on the main process only; every method may be called on all of them."""
 
     def __init__(
-        self, accelerator: Accelerator, run: Path, *, bound: str, start_step: int, total_steps: int
+        self,
+        accelerator: Accelerator,
+        run: Path,
+        *,
+        bound: str,
+        start_step: int,
+        last_line: int,
+        total_steps: int,
     ) -> None:
-        """`bound` is the name of the ELBO's column (see `evaluation.quantity_names`)."""
+        """`bound` is the name of the ELBO's column (see `evaluation.quantity_names`). Lines after
+        step `last_line` will be written anew, and those that are there are dropped."""
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.total_steps = total_steps
@@ -33,7 +43,7 @@ class RunLog:
         self.heldout = ""
         self.say_again = 0.0
         if self.main:
-            _drop_lines_after(run / METRICS, start_step)
+            _drop_lines_after(run / METRICS, last_line)
             self.lines = (run / METRICS).open("a")
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, initial=start_step, unit="step", leave=False)
@@ -46,6 +56,11 @@ class RunLog:
         self.lines.write(json.dumps(values) + "\n")
         self.lines.flush()
         self._show(step, values)
+
+    def flush(self) -> None:
+        """Have the disk hold the lines."""
+        if self.lines is not None:
+            os.fsync(self.lines.fileno())
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the bar."""
@@ -61,7 +76,7 @@ class RunLog:
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         bound = self.bound
-        shown = {"loss": f"{values['loss']:.2f}", bound: f"{values[bound]:.2f}"}
+        shown = {name: _shown(values[name]) for name in ("loss", bound)}
         # Evaluations are rarer than lines: the last one is shown until the next.
         if f"heldout_{bound}" in values:
             self.heldout = f"{values[f'heldout_{bound}']:.2f}"
@@ -83,15 +98,19 @@ class RunLog:
         self.say(f"step {step}/{self.total_steps}  {numbers}  {left} left")
 
 
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     """Forget what was logged after the checkpoint that the run continues from."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue  # a line cut short by a crash
-    path.write_text("".join(kept))
+                kept.append(line.decode() + "\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # cut short by a crash
+    write_whole(path, "".join(kept))

@@ -1,47 +1,57 @@
 """A training run from its configuration to its results."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from fastvae import runs
+from fastvae import checkpoints, runs
 from fastvae.build import build_model, build_objective
 from fastvae.combinations import why_unread
 from fastvae.compiler import keep_compiled_code
-from fastvae.config import Config, OptimizerConfig, differences
+from fastvae.config import Config, OptimizerConfig, differences, flat
 from fastvae.data import ImageSet, load_data
-from fastvae.errors import UserError
+from fastvae.errors import OneProcessError, UserError
 from fastvae.evaluation import Evaluation, evaluate, quantity_names
+from fastvae.files import write_whole
 from fastvae.models import Model
 from fastvae.noise import derived_seed
 from fastvae.parts.objectives import Objective
 from fastvae.precision import use_matmul_precision
 from fastvae.results import write_results
-from fastvae.training.checkpoint import load_checkpoint, save_checkpoint
+from fastvae.training.checkpoint import load_checkpoint
 from fastvae.training.clock import Clock
 from fastvae.training.compiler import should_compile, training_flops
+from fastvae.training.course import Counters, Course
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
+from fastvae.training.interrupt import Interrupt
 from fastvae.training.log import RunLog
 from fastvae.training.muon import Muon, layer_weights
+from fastvae.training.plan import Plan
 from fastvae.training.replay import MOST_STEPS_PER_LAUNCH
-from fastvae.training.step import METRICS, TrainingStep
+from fastvae.training.step import TrainingStep
+from fastvae.training.together import Together, is_loss_of_another
 from fastvae.training.updates import Updates
 
-Answer = TypeVar("Answer")
+# How long processes wait for one that does not answer: longer than reading data or compiling take.
+PATIENCE = timedelta(minutes=10)
 
 # What may change when a run is resumed; the rest would make it another run.
 RESUMABLE = {
     "output", "epochs", "max_steps", "mixed_precision", "matmul_precision", "compile",
     "steps_per_launch", "log_every", "eval_every", "checkpoint_every", "tracker",
-    "gradient_accumulation_steps", "data.data_dir", "data.download", "data.heldout_limit",
+    "gradient_accumulation_steps", "keep", "max_bad_steps", "data.data_dir", "data.download",
+    "data.heldout_limit", "data.data_budget", "data.data_workers", "data.on_bad_sample",
 }  # fmt: skip
 
 
@@ -54,9 +64,14 @@ def train(
     `resume` is the folder of a run to continue, whose settings `config` must share; `launched` is
     when the program was started (as time.time() has it; now unless given), from which the time to
     the first step counts.
-    Raises UserError for whatever the user can mend, before any work where that is possible.
+    Raises UserError for whatever the user can mend, before any work where that is possible, and
+    Stopped where SIGTERM or SIGINT ended the run early, with a checkpoint.
     """
-    clock = Clock(launched)
+    with _mendable(config, "nothing was written: start it again"):
+        return _train(config, name, resume, Clock(launched))
+
+
+def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path:
     if resume is None and (reason := why_unread(config)):
         raise UserError(reason)
 
@@ -66,43 +81,57 @@ def train(
     if device.type == "cuda":  # on the default stream nothing can be captured
         torch.cuda.set_stream(torch.cuda.Stream(device))
     matmul_precision = use_matmul_precision(config.matmul_precision, device)
+    together = Together(accelerator, PATIENCE)
+    together.require_equal({**_settings(config), **runs.versions(), "code": runs.code()})
     _check_batch(config, accelerator.num_processes)
-    _on_main(accelerator, lambda: _check_folder(config, resume))
+    together.on_main(lambda: _check_folder(config, resume))
 
     # The images.
-    with accelerator.local_main_process_first():
-        train_set, heldout_set = load_data(config.data, config.seed)
+    train_set, heldout_set = together.everywhere(lambda: load_data(config.data, config.seed))
+    facts = {"train_data": train_set.fingerprint, "heldout_data": heldout_set.fingerprint}
+    together.require_equal(facts)
     train_set, heldout_set = (runs.prepare(s, config) for s in (train_set, heldout_set))
     feed = Feed(
-        train_set, config.seed, device, samples_ahead=MOST_STEPS_PER_LAUNCH * config.batch_size
+        train_set,
+        config.seed,
+        device,
+        samples_ahead=MOST_STEPS_PER_LAUNCH * config.batch_size,
+        workers=config.data.data_workers,
     )
-    plan = _Plan.of(config, len(train_set))
+    plan = Plan.of(config, len(train_set))
 
     # The model, what it maximises, and how.
     torch.manual_seed(derived_seed("weights", config.seed))
     model = build_model(config.model, train_set, config.batch_size).to(device)
     # The order of memory that convolutions are fastest in; nothing else has four dimensions.
     model.to(memory_format=torch.channels_last)
-    names = quantity_names(model.likelihood.is_density, model.is_bound)
     objective = build_objective(config.objective, len(train_set))
-    _check_together(model, objective, heldout_set, accelerator)
+    _check_together(model, objective, heldout_set, config, accelerator.num_processes)
     optimizer = make_optimizer(config.optimizer, model)
     ema = EMA(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     final_model = ema.model if ema else model
 
     # Where to begin.
-    state: dict[str, Any] = {"step": 0, "pending": [0.0] * len(METRICS), "pending_images": 0}
-    if resume:
-        state = load_checkpoint(resume, model=final_model, trained=model, optimizer=optimizer)
-        if state["step"] >= plan.steps:
+    counters, kept = Counters.at_the_start(), {}
+    if resume and (found := together.on_main(lambda: _checkpoint_of(resume))):
+        folder = Path(found)
+        kept = load_checkpoint(folder, model=final_model, trained=model, optimizer=optimizer)
+        step = checkpoints.read_manifest(folder).step
+        counters = Counters.read(kept, folder / checkpoints.STATE_NAME, step)
+        if kept.get("train_data") != facts["train_data"]:
             raise UserError(
-                f"{resume} is already at step {state['step']} of {plan.steps}: "
+                f"{resume} was trained on other images: {kept.get('train_data')} in the run, "
+                f"{facts['train_data']} now. Start a new run"
+            )
+        if counters.step >= plan.steps and (resume / runs.RESULTS).exists():
+            raise UserError(
+                f"{resume} is already at step {counters.step} of {plan.steps}: "
                 "give more --epochs or --max-steps to continue it"
             )
 
     # The steps: compiled, distributed, replayed.
     step_module = TrainingStep(model, objective, config.seed, config.data.flip).to(device)
-    compiled, remark = _decide_to_compile(config, step_module, feed, accelerator, plan, state)
+    compiled, remark = _decide_to_compile(config, step_module, feed, accelerator, plan, kept)
     updates = Updates(
         model,
         step_module,
@@ -112,82 +141,49 @@ def train(
         accelerator,
         config,
         total_steps=plan.steps,
-        done=state["step"],
+        done=counters.step,
         compiled=compiled,
     )
-    if accelerator.scaler is not None and "scaler" in state:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    if accelerator.scaler is not None and "scaler" in kept:
+        accelerator.scaler.load_state_dict(kept["scaler"])
 
     # The run's folder, into which nothing is written before all of the above has gone well.
-    run = _on_main(accelerator, lambda: _open_folder(config, name, resume))
-    _start_tracker(config, run, accelerator)
-    log = RunLog(
-        accelerator, run, bound=names["elbo"], start_step=state["step"], total_steps=plan.steps
-    )
-    log.say(_introduction(run, train_set, heldout_set, model, accelerator, config))
-    if remark:
-        log.say(remark)
-    if accelerator.is_main_process:  # what a checkpoint holds is the sum over all processes
-        updates.sums.copy_(torch.tensor(state["pending"], dtype=torch.float64))
-    summed_images: int = state["pending_images"]
-    result: Evaluation | None = None
+    with Interrupt() as interrupt:
+        run = Path(together.on_main(lambda: str(_open_folder(config, name, resume))))
+        interrupt.stop_at_once(f"stopped before the first step: continue with --resume {run}")
+        _start_tracker(config, run, accelerator)
+        bound = quantity_names(model.likelihood.is_density, model.is_bound)["elbo"]
+        log = RunLog(
+            accelerator,
+            run,
+            bound=bound,
+            start_step=counters.step,
+            last_line=counters.step if counters.said else counters.step - 1,
+            total_steps=plan.steps,
+        )
+        log.say(_introduction(run, train_set, heldout_set, model, accelerator, config))
+        if remark:
+            log.say(remark)
 
-    while updates.done < plan.steps:
-        # As many steps as there is nothing to say or to keep between.
-        steps = 1 if clock.first_step_seconds is None else plan.undisturbed(updates.done, config)
-        updates.advance(steps)
-        done = updates.done
-        summed_images += steps * config.batch_size
-        if clock.first_step_seconds is None:
-            clock.first_step(device)
-            log.say(f"first step {clock.first_step_seconds:.1f} s after the start")
-        else:
-            clock.count(steps * config.batch_size)
-        is_last = done == plan.steps
-
-        # What to say of it. The host waits for the device here and nowhere else.
-        evaluate_now = is_last or plan.crosses(done, config.eval_every)
-        if evaluate_now or done % config.log_every == 0:
-            means = (
-                accelerator.reduce(updates.sums.clone(), reduction="sum") / summed_images
-            ).tolist()
-            _require_finite(means, done, run)
-            line = _line(done, plan, config, dict(zip(METRICS, means, strict=True)), names)
-            line |= {"lr": updates.learning_rate(done - 1), "images_per_second": clock.rate()}
-            with clock.paused(device):
-                if evaluate_now:
-                    result = evaluate(
-                        final_model, heldout_set, seed=config.seed, accelerator=accelerator
-                    )
-                    line |= {f"heldout_{k}": v for k, v in result.named().items() if k != "images"}
-                log.write(done, line)
-            updates.sums.zero_()
-            summed_images = 0
-
-        # What to keep of it.
-        if is_last or plan.crosses(done, config.checkpoint_every):
-            with clock.paused(device):
-                pending = accelerator.reduce(updates.sums.clone(), reduction="sum").tolist()
-                _require_finite(pending, done, run)
-                state = {
-                    "step": done,
-                    "samples": done * config.batch_size,
-                    "pending": pending,
-                    "pending_images": summed_images,
-                }
-                if accelerator.scaler is not None:
-                    state["scaler"] = accelerator.scaler.state_dict()
-                if accelerator.is_main_process:
-                    save_checkpoint(
-                        run,
-                        model=final_model,
-                        trained=model,
-                        optimizer=optimizer,
-                        state=state,
-                    )
-
+        course = Course(
+            run,
+            config,
+            plan,
+            updates,
+            final_model,
+            heldout_set,
+            accelerator,
+            together,
+            log,
+            clock,
+            counters,
+            {**facts, "compiled": compiled},
+        )
+        with _mendable(config, f"continue with --resume {run}"):
+            result = course.go(interrupt)
     log.close()
-    assert result is not None  # the last step always evaluates
+    if result is None:  # an earlier process ended between the last checkpoint and the results
+        result = evaluate(final_model, heldout_set, seed=config.seed, accelerator=accelerator)
     if accelerator.is_main_process:
         circumstances = _circumstances(clock, accelerator, compiled, matmul_precision)
         written = write_results(
@@ -200,41 +196,40 @@ def train(
     return run
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How long the run is, in steps and samples."""
+@contextmanager
+def _mendable(config: Config, go_on: str) -> Iterator[None]:
+    """What goes wrong here and is no mistake of ours, as UserError; `go_on`: what to do then."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OneProcessError(_out_of_memory(config, str(error), go_on)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise OneProcessError(_out_of_memory(config, str(error), go_on)) from error
+        if "DataLoader worker" in str(error):
+            raise OneProcessError(
+                "a process that decodes images has died (killed, or out of memory: then take fewer "
+                f"--data-workers); {go_on} ({str(error).splitlines()[0]})"
+            ) from error
+        if is_loss_of_another(error):
+            raise OneProcessError(
+                f"another process of this run has ended or does not answer; {go_on} "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise OneProcessError(f"{where}{error.strerror or error}; {go_on}") from error
 
-    steps: int
-    samples_per_epoch: int
-    batch_size: int
 
-    @classmethod
-    def of(cls, config: Config, samples_per_epoch: int) -> "_Plan":
-        steps = max(1, round(config.epochs * samples_per_epoch / config.batch_size))
-        return cls(min(steps, config.max_steps or steps), samples_per_epoch, config.batch_size)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.samples_per_epoch / self.batch_size
-
-    def epoch(self, done: int) -> float:
-        return done * self.batch_size / self.samples_per_epoch
-
-    def undisturbed(self, done: int, config: Config) -> int:
-        """Steps from `done` to the next after which something is logged, measured or kept."""
-        end = done + 1
-        while not (
-            end == self.steps
-            or end % config.log_every == 0
-            or self.crosses(end, config.eval_every)
-            or self.crosses(end, config.checkpoint_every)
-        ):
-            end += 1
-        return end - done
-
-    def crosses(self, done: int, epochs: float) -> bool:
-        """Whether step number `done` completed a multiple of so many epochs."""
-        return int(self.epoch(done) / epochs) > int(self.epoch(done - 1) / epochs)
+def _out_of_memory(config: Config, said: str, go_on: str) -> str:
+    return (
+        f"out of memory with --batch-size {config.batch_size} in "
+        f"{config.gradient_accumulation_steps} part(s): split it by "
+        f"--gradient-accumulation-steps {2 * config.gradient_accumulation_steps}, which changes no "
+        "result, or take --mixed-precision bf16, a smaller --batch-size or a smaller model; "
+        f"{go_on} ({(said or 'no memory').splitlines()[0]})"
+    )
 
 
 def _make_accelerator(config: Config) -> Accelerator:
@@ -251,7 +246,10 @@ def _make_accelerator(config: Config) -> Accelerator:
             # The trackers' folder is the run's, which is made once all else is known to be right.
             project_config=ProjectConfiguration(project_dir=".", logging_dir="."),
             kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+                InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
     except ValueError as error:
@@ -266,58 +264,57 @@ def _decide_to_compile(
     step: TrainingStep,
     feed: Feed,
     accelerator: Accelerator,
-    plan: _Plan,
-    state: dict[str, Any],
+    plan: Plan,
+    kept: dict[str, Any],
 ) -> tuple[bool, str]:
+    """As the run did before, if it is resumed: code that is compiled rounds otherwise."""
     keep_compiled_code()
+    if step.objective.couples_rows and accelerator.num_processes > 1:
+        return False, "not compiled: the objective gathers the batch from all processes"
+    if config.compile == "auto" and "compiled" in kept:
+        config = replace(config, compile="on" if kept["compiled"] else "off")
     flops = 0.0
     if config.compile == "auto" and not config.model.refine_steps:
-        share = config.batch_size // accelerator.num_processes
-        rows = share // config.gradient_accumulation_steps
+        share = config.batch_size / accelerator.num_processes
+        rows = max(1, int(share / config.gradient_accumulation_steps))
         flops = training_flops(step, feed.copied_batch(0, rows)) * share / rows
-    return should_compile(config, plan.steps - state["step"], flops, accelerator.device)
+    return should_compile(config, plan.steps, flops, accelerator.device)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """All of them by their names, but for where a host has its files."""
+    paths: dict[str, Any] = {"data.data_dir": None, "output": None}
+    return {**flat(json.loads(config.to_json())), **paths}
 
 
 def _check_batch(config: Config, processes: int) -> None:
-    """Refuse a batch that processes and accumulation cannot cut into equal parts."""
+    """Refuse a batch of which a process would have no row."""
     parts = processes * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        below = config.batch_size // parts * parts
-        fits = " or ".join(str(n) for n in (below, below + parts) if n > 0)
+    if config.batch_size < parts:
         raise UserError(
-            f"--batch-size {config.batch_size} does not divide among {processes} processes × "
-            f"{config.gradient_accumulation_steps} accumulation steps; {fits} does"
+            f"--batch-size {config.batch_size} is too small for {processes} processes × "
+            f"{config.gradient_accumulation_steps} accumulation steps: {parts} or more"
         )
 
 
 def _check_together(
-    model: Model, objective: Objective, heldout_set: ImageSet, accelerator: Accelerator
+    model: Model, objective: Objective, heldout_set: ImageSet, config: Config, processes: int
 ) -> None:
     """Refuse what only the data or the number of processes make impossible."""
-    if objective.couples_rows and accelerator.num_processes > 1:
+    shares = processes * config.gradient_accumulation_steps
+    couples_rows = objective.couples_rows or model.likelihood.couples_rows
+    if processes > 1 and couples_rows and config.batch_size % shares:
+        below = config.batch_size // shares * shares
+        fits = " or ".join(str(n) for n in (below, below + shares) if n > 0)
         raise UserError(
-            f"--objective {objective.spec['name']} compares the images of a batch, and each "  # type: ignore[attr-defined]
-            f"of the {accelerator.num_processes} processes sees its own part: use one process"
+            "the loss compares the images of a batch, of which each process then needs as many: "
+            f"--batch-size {config.batch_size} does not divide among {processes} processes × "
+            f"{config.gradient_accumulation_steps} accumulation steps, {fits} does"
         )
     try:
         model.check_labels(heldout_set.labels)
     except UserError as error:
         raise UserError(f"{heldout_set.name}, held out: {error}") from error
-
-
-def _on_main(accelerator: Accelerator, action: Callable[[], Answer]) -> Answer:
-    """Do it on the main process alone; its answer, or its UserError, is that of every process."""
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = action()
-        except UserError as error:
-            answer[1] = str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(answer)
-    if answer[1]:
-        raise UserError(answer[1])
-    return answer[0]
 
 
 def _check_folder(config: Config, resume: Path | None) -> None:
@@ -337,9 +334,23 @@ def _check_folder(config: Config, resume: Path | None) -> None:
         raise UserError(f"{resume} was started with other settings:\n{listed}\nStart a new run.")
 
 
+def _checkpoint_of(run: Path) -> str:
+    """The folder of the newest checkpoint that is whole; "" where none was ever begun. Says which
+    newer ones are not."""
+    lines = run / runs.METRICS
+    if not checkpoints.folders(run) and not (lines.exists() and lines.stat().st_size):
+        return ""
+    found, problems = checkpoints.newest(run)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if problems:
+        print(f"warning: continuing from {found.folder} instead", file=sys.stderr)
+    return str(found.folder)
+
+
 def _open_folder(config: Config, name: str, resume: Path | None) -> Path:
     run = resume or runs.new_run_folder(config, name)
-    (run / runs.CONFIG).write_text(replace(config, output=run).to_json())
+    write_whole(run / runs.CONFIG, replace(config, output=run).to_json())
     return run
 
 
@@ -347,15 +358,6 @@ def _start_tracker(config: Config, run: Path, accelerator: Accelerator) -> None:
     if config.tracker != "none":
         accelerator.project_configuration.logging_dir = str(run)
         accelerator.init_trackers("fastvae", config={"run": run.name, "config": config.to_json()})
-
-
-def _require_finite(values: list[float], done: int, run: Path) -> None:
-    """End a run that has diverged, before it replaces its checkpoint."""
-    if not all(map(math.isfinite, values)):
-        raise UserError(
-            f"the loss is no longer finite at step {done}: start again with a lower "
-            f"--learning-rate, or with --clip-norm 1. {run} keeps its last checkpoint, if any"
-        )
 
 
 def make_optimizer(config: OptimizerConfig, model: Model) -> torch.optim.Optimizer:
@@ -372,21 +374,6 @@ def make_optimizer(config: OptimizerConfig, model: Model) -> torch.optim.Optimiz
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     on_gpu = next(model.parameters()).is_cuda
     return cls(model.parameters(), fused=True, capturable=on_gpu, **settings)
-
-
-def _line(
-    done: int, plan: _Plan, config: Config, means: dict[str, float], names: dict[str, str]
-) -> dict[str, Any]:
-    """The training part of a line of metrics.jsonl: the loss, and beside it the bound itself."""
-    return {
-        "step": done,
-        "epoch": round(plan.epoch(done), 4),
-        "samples": done * config.batch_size,
-        "loss": means["loss"],
-        names["elbo"]: -(means["nll"] + means["kl"]),
-        names["nll"]: means["nll"],
-        "kl": means["kl"],
-    }
 
 
 def _introduction(
@@ -432,5 +419,5 @@ def _conclusion(run: Path, result: Evaluation, written: dict[str, Any]) -> str:
             + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k != "weight_draws")
         )
     pictures = ", ".join(name for name in runs.PICTURES if (run / name).exists())
-    lines.append(f"results: {run}/ ({pictures}, {runs.RESULTS}, {runs.METRICS}, checkpoint/)")
+    lines.append(f"results: {run}/ ({pictures}, {runs.RESULTS}, {runs.METRICS}, checkpoints/)")
     return "\n".join(lines)

@@ -84,6 +84,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.matrices = {id(p) for p in matrices}
 
+    found_inf: Tensor | None = None
+    """As of PyTorch's fused optimizers: where it is 1, a step leaves everything as it is."""
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
@@ -91,26 +94,38 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                taken: Tensor | float = 1.0
+                gradient = p.grad
+                if self.found_inf is not None:
+                    taken = 1.0 - self.found_inf
+                    gradient = torch.where(self.found_inf.bool(), 0.0, gradient)
                 if group["weight_decay"]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.mul_(1 - taken * group["lr"] * group["weight_decay"])
                 direction = self._of_matrix if id(p) in self.matrices else self._of_adam
-                p.sub_(direction(p, group) * group["lr"])
+                p.sub_(direction(p, gradient, taken, group) * (taken * group["lr"]))
 
-    def _of_matrix(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _of_matrix(
+        self, p: Tensor, gradient: Tensor, taken: Tensor | float, group: dict[str, Any]
+    ) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        kept = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])  # type: ignore[arg-type]
-        ahead = p.grad.lerp(kept, group["momentum"]).flatten(1)  # type: ignore[union-attr]
+        kept = state["momentum_buffer"].lerp_(gradient, taken * (1 - group["momentum"]))
+        ahead = gradient.lerp(kept, group["momentum"]).flatten(1)
         scale = RMS_OF_ADAM * math.sqrt(max(ahead.shape))
         return (orthogonalized(ahead) * scale).view_as(p)
 
-    def _of_adam(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _of_adam(
+        self, p: Tensor, gradient: Tensor, taken: Tensor | float, group: dict[str, Any]
+    ) -> Tensor:
         state, (beta1, beta2) = self.state[p], group["betas"]
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        step = state["step"].add_(1)
-        mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)  # type: ignore[arg-type]
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        return mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+        step = state["step"].add_(taken)
+        mean = state["exp_avg"].lerp_(gradient, taken * (1 - beta1))
+        square = state["exp_avg_sq"].lerp_(gradient.square(), taken * (1 - beta2))
+        # Before the first step that is taken there is nothing to correct for, and 0 / 0.
+        first = step.clamp(min=1)
+        mean, square = mean / (1 - beta1**first), square / (1 - beta2**first)
+        return mean / (square.sqrt() + group["eps"])

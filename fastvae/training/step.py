@@ -44,14 +44,18 @@ class TrainingStep(nn.Module):
         Returns:
             The mean loss (0-d, nats per row) and the sums over rows of `METRICS` (float64).
         """
+        losses, terms = self.losses(batch, position)
+        nll = terms.nll.detach().mean(0)
+        sums = torch.stack([losses.detach().sum(), nll.sum(), terms.kl.detach().sum()])
+        return losses.mean(), sums.double()
+
+    def losses(self, batch: Batch, position: Tensor) -> tuple[Tensor, Terms]:
+        """The loss of each row `[B]`, and what it is made of."""
         if self.flip:
             batch = batch._replace(x=mirrored(batch.x, self.seed, position))
         terms = self.model(batch, self.seed, position, self.objective.num_samples)
         positions = position + torch.arange(len(batch.x), device=batch.x.device)
-        loss = self.objective(terms, positions, self.seed)
-        nll = terms.nll.detach().mean(0)
-        sums = torch.stack([loss.detach().sum(), nll.sum(), terms.kl.detach().sum()])
-        return loss.mean(), sums.double()
+        return self.objective(terms, positions, self.seed), terms
 
 
 def mirrored(x: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
@@ -63,12 +67,13 @@ def mirrored(x: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
 
 
 class FedStep(nn.Module):
-    """The same for data that live on the device: the rows' position in, which gathers them too."""
+    """The same for data that live on the device: the position of `rows` rows in, which gathers
+    them too."""
 
-    def __init__(self, step: TrainingStep, feed: Feed, rows: int) -> None:
+    def __init__(self, step: TrainingStep, feed: Feed) -> None:
         super().__init__()
-        self.step, self.feed, self.rows = step, feed, rows
+        self.step, self.feed = step, feed
 
-    def forward(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """`position` and what is returned are as in `TrainingStep.forward`."""
-        return self.step(self.feed.batch(position, self.rows), position)
+        return self.step(self.feed.batch(position, rows), position)

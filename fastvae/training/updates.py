@@ -6,6 +6,7 @@ operations every time and a GPU can replay it.
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,19 +15,25 @@ from torch import Tensor
 
 from fastvae.config import Config
 from fastvae.models import Model
-from fastvae.training.compiler import Gradients, gradients_in_one_graph
+from fastvae.training.compiler import Gradients, gradients_in_one_graph, not_finite
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.replay import Replay
 from fastvae.training.schedule import learning_rate
 from fastvae.training.step import METRICS, FedStep, TrainingStep
+from fastvae.training.together import shares
 
 
 class Updates:
     """Takes optimizer steps and sums what is to be logged of them."""
 
     sums: Tensor
-    """Sums over this process's images of `METRICS`, since they were last set to 0."""
+    """Sums over this process's images of `METRICS`, since they were last set to 0; without steps
+    that were skipped."""
+    skipped: Tensor
+    """Steps skipped since it was last set to 0: 0-d int64."""
+    last_good: Tensor
+    """How many steps there were after the last that was not skipped: 0-d int64."""
 
     def __init__(
         self,
@@ -43,24 +50,30 @@ class Updates:
         compiled: bool,
     ) -> None:
         """`done`: optimizer steps that the run has taken before."""
-        self.model, self.feed, self.ema = model, feed, ema
+        self.model, self.training_step, self.feed, self.ema = model, step, feed, ema
+        self.bare_optimizer = optimizer
         self.accelerator, self.config = accelerator, config
-        self.total_steps, self.compiled = total_steps, compiled
+        self.total_steps = total_steps
         device = accelerator.device
         self.parts = config.gradient_accumulation_steps
-        self.rows = config.batch_size // (accelerator.num_processes * self.parts)
-        self.first_row = accelerator.process_index * self.parts * self.rows
+        # This process's rows of each part of a batch: all processes' together are what one process
+        # alone would take as that part.
+        cuts = shares(config.batch_size, self.parts * accelerator.num_processes)
+        self.rows = cuts[accelerator.process_index :: accelerator.num_processes]
         self.done = done
         self._begun = False
         self.step = torch.tensor(done, device=device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        self.skipped, self.last_good = torch.zeros_like(self.step), self.step.clone()
 
         # Compiled before it is wrapped: autocast is inside the graph; in place: names stay clean.
-        module = FedStep(step, feed, self.rows) if feed.on_device else step
+        module = FedStep(step, feed) if feed.on_device else step
         simple = feed.on_device and accelerator.num_processes == self.parts == 1
         self.gradients: Gradients | None = None
         if compiled and simple and accelerator.scaler is None:
-            self.gradients = gradients_in_one_graph(module, list(model.parameters()), accelerator)
+            self.gradients = gradients_in_one_graph(
+                module, list(model.parameters()), config.batch_size, accelerator
+            )
         if compiled and self.gradients is None:
             module.compile(fullgraph=True, dynamic=False)
         with warnings.catch_warnings():
@@ -71,6 +84,12 @@ class Updates:
         self.optimizer = prepared if accelerator.scaler else prepared.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=device)
+        # Fused optimizers, and Muon, know from the scaling of losses how to leave all as it is.
+        fused = optimizer.defaults.get("fused", False) or hasattr(optimizer, "found_inf")
+        self.skips = fused and accelerator.scaler is None
+
+        if feed.stream is not None:
+            feed.stream.begin(config.batch_size, list(self.rows), done)
 
         # What makes the host wait, or goes on in Python between two steps, cannot be replayed.
         alone = feed.on_device and self.parts == 1 and accelerator.scaler is None
@@ -78,12 +97,13 @@ class Updates:
         if device.type == "cuda" and alone:
             self.replay = Replay(self._update, accelerator, config.steps_per_launch)
 
-    def advance(self, steps: int) -> None:
-        """Take so many optimizer steps; the host may be back before the device is done."""
+    def advance(self, steps: int, until: Callable[[], bool] = lambda: False) -> None:
+        """Take so many optimizer steps, fewer if `until` says so between two; the host may be back
+        before the device is done."""
         batch = self.config.batch_size
         end = self.done + steps
         with self._without_guards(steps):
-            while self.done < end:
+            while self.done < end and not until():
                 count = 1 if self.replay is None else self.replay.size(end - self.done)
                 if self.feed.on_device:
                     self.feed.prepare(self.done * batch, (self.done + count) * batch)
@@ -93,6 +113,11 @@ class Updates:
                     self.replay(count)
                 self.done += count
         self._begun = True
+
+    @property
+    def in_a_row(self) -> int:
+        """Steps skipped since the last good one. The host waits for the device."""
+        return self.done - int(self.last_good)
 
     def learning_rate(self, step: int) -> float:
         """That of step `step` (from 0), for the log."""
@@ -104,43 +129,61 @@ class Updates:
         What held in the first step holds in all. Asking takes 0.3 ms on a CPU, a twentieth of a
         short step; not to ask takes about a millisecond once.
         """
-        if not (self.compiled and self._begun and self.replay is None and steps >= 10):
-            return nullcontext()
+        if not (self.gradients and self._begun and self.replay is None and steps >= 10):
+            return nullcontext()  # other compiled code is not this run's alone
         return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
     def _update(self) -> None:
-        """One optimizer step over `batch_size` images, this process's in `parts`."""
+        """One optimizer step over `batch_size` images, this process's in `parts`; none where a
+        gradient is not finite, of which all processes are sure alike."""
         self.optimizer.zero_grad(set_to_none=True)
         rate = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"].copy_(rate)
-        first = self.step * self.config.batch_size + self.first_row
+        first = self.step * self.config.batch_size
         if self.gradients:
-            found, sums = self.gradients(first)
+            found, sums, bad = self.gradients(first)
             for parameter, gradient in zip(self.model.parameters(), found, strict=True):
                 parameter.grad = gradient
-            self.sums += sums
         else:
-            for part in range(self.parts):
-                self._accumulate(first + part * self.rows, part)
+            sums = torch.zeros_like(self.sums)
+            for part, rows in enumerate(self.rows):
+                sums += self._accumulate(first, rows, part)
+            bad = not_finite(sums[0], [p.grad for p in self.model.parameters()])
         if self.config.optimizer.clip_norm:
             self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.clip_norm
             )
+        if self.skips:
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.ema:
-            self.ema.update(self.model, self.step)
+            self.ema.update(self.model, self.step, bad)
+        self.sums += torch.where(bad, 0.0, sums)
+        self.skipped += bad
         self.step += 1
+        torch.where(bad, self.last_good, self.step, out=self.last_good)
 
-    def _accumulate(self, position: Tensor, part: int) -> None:
+    def _accumulate(self, first: Tensor, rows: range, part: int) -> Tensor:
+        """Add the gradient of some rows of the batch that begins at position `first`; their
+        sums."""
+        position = first + rows.start
         with self.accelerator.accumulate(self.wrapped):
             if self.feed.on_device:
-                loss, sums = self.wrapped(position)
+                loss, sums = self.wrapped(position, len(rows))
             else:
-                at = self.done * self.config.batch_size + self.first_row + part * self.rows
-                loss, sums = self.wrapped(self.feed.copied_batch(at, self.rows), position)
+                at = self.done * self.config.batch_size + rows.start
+                loss, sums = self.wrapped(self.feed.streamed_batch(at, len(rows)), position)
+            # Processes and parts are averaged as if they had equally many rows.
+            parts = self.accelerator.num_processes * self.parts
+            if (weight := len(rows) * parts / self.config.batch_size) != 1.0:
+                loss = loss * weight
+            if self.accelerator.num_processes > 1:
+                # A loss that is not finite makes no gradient finite. So all processes hear of it by
+                # the gradients, which they exchange anyway. Times one, exactly, otherwise.
+                loss = loss * (1.0 + 0.0 * loss.detach())
             self.accelerator.backward(loss)
-        self.sums += sums
+        return sums
 
     def _learning_rate(self, step: Tensor) -> Tensor:
         per_epoch = self.feed.size / self.config.batch_size

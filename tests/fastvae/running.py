@@ -1,18 +1,22 @@
 """Running fastvae as its users do, and reading what a run left behind."""
 
+import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastvae import checkpoints
 from fastvae.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,11 +52,9 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
     return {**os.environ, **caches, **changes}
 
 
-def run_process(
-    arguments: list[str], folder: Path, timeout: float = 240, **changes: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a program in `folder`; kill it and all it started if it takes too long."""
-    with subprocess.Popen(
+def started(arguments: list[str], folder: Path, **changes: str) -> subprocess.Popen[bytes]:
+    """A program that runs in `folder`, in a session of its own."""
+    return subprocess.Popen(
         arguments,
         cwd=folder,
         env=environment(folder, **changes),
@@ -60,14 +62,56 @@ def run_process(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-    ) as process:
+    )
+
+
+def ended(
+    process: subprocess.Popen[bytes], timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Wait for it; kill it and all it started if it takes too long."""
+    with process:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
             raise
     # Not as text=True would: that hides carriage returns.
-    return subprocess.CompletedProcess(arguments, process.returncode, out.decode(), err.decode())
+    return subprocess.CompletedProcess(process.args, process.returncode, out.decode(), err.decode())
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to it and to all it started, wherever these belong, at once."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for found in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.kill()
+    process.communicate()
+
+
+def run_process(
+    arguments: list[str], folder: Path, timeout: float = 240, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    return ended(started(arguments, folder, **changes), timeout)
+
+
+def ranks(count: int, script: Path | str = LAUNCH / "train.py") -> list[str]:
+    """The start of a command line for so many processes on this machine."""
+    return [*TORCHRUN, "--standalone", "--nproc_per_node", str(count), str(script)]
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Until then, while the process runs; a minute at most."""
+    end = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None, ended(process).stderr
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def lines_written(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def fastvae(
@@ -106,14 +150,19 @@ def results(run: Path) -> dict[str, Any]:
     return json.loads((run / "results.json").read_text())
 
 
+def kept(run: Path) -> Path:
+    """The folder of the newest checkpoint."""
+    return checkpoints.newest(run)[0].folder
+
+
 def weights(run: Path) -> dict[str, Tensor]:
     """The model to use."""
-    return load_file(run / "checkpoint/model.safetensors")
+    return load_file(kept(run) / "model.safetensors")
 
 
 def training_state(run: Path) -> dict[str, Tensor]:
     """The weights in training and the optimizer's state."""
-    return load_file(run / "checkpoint/training.safetensors")
+    return load_file(kept(run) / "training.safetensors")
 
 
 def assert_same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -121,3 +170,13 @@ def assert_same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"these differ: {different}"
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimizer, averages, metrics, results and pictures, to the bit."""
+    assert metrics(a) == metrics(b)
+    assert_same_tensors(training_state(a), training_state(b))
+    assert_same_tensors(weights(a), weights(b))
+    assert results(a)["heldout"] == results(b)["heldout"]
+    for name in ("samples.png", "reconstructions.png"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()

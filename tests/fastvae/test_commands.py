@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Trained
 from PIL import Image
-from running import EPOCH, LAUNCH, fastvae, results, train
+from running import EPOCH, LAUNCH, fastvae, kept, results, train
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -126,10 +126,10 @@ def test_a_folder_that_is_no_run(
 def test_a_damaged_model(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run/checkpoint"
+    folder = tmp_path / "run"
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
-        (folder / name).write_bytes((trained.run / "checkpoint" / name).read_bytes())
+        (folder / name).write_bytes((kept(trained.run) / name).read_bytes())
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert f"{file} is damaged" in refused(["sample", tmp_path / "run"], capsys)

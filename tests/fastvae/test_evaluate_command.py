@@ -293,6 +293,7 @@ def assert_alike(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(trained: Trained, tmp_path: Path) -> None:
     """Of an odd number of images, each once."""
     flags = shlex.split(

@@ -202,6 +202,7 @@ def test_of_reconstructions_a_quarter_is_shown(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_two_systems_on_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -480,6 +480,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_optimal_variance(tmp_path: Path) -> None:
     mean, x = optimal_case()
     torch.save({"mean": mean, "x": x}, tmp_path / "case.pt")

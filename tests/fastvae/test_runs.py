@@ -74,7 +74,7 @@ def test_other_images_are_read_as_the_model_needs_them(trained: Trained) -> None
     config = runs.data_like(trained.run)
     assert (config.image_size, config.channels) == ((8, 8), 1)
     with pytest.raises(UserError, match="is no run's folder"):
-        runs.read_config(trained.run / "checkpoint/none")
+        runs.read_config(trained.run / "checkpoints/none")
 
 
 def test_environment() -> None:

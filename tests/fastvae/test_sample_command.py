@@ -20,6 +20,7 @@ from fastvae.data import DataConfig, load_data
 from fastvae.noise import PRIOR
 from fastvae.samplers import FlowSampler, GaussianMixtureSampler, load_sampler
 from fastvae.samplers_of_runs import fitted
+from fastvae.saving import model_folder
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_it_is_fitted_to_the_training_images_of_the_run(run: Path) -> None:
 def test_a_newer_model_is_fitted_anew(run: Path) -> None:
     vae = VAE.from_pretrained(run)
     first = fitted(run, vae, "mixture")
-    file, weights = run / "sampler-mixture.safetensors", run / "checkpoint/model.safetensors"
+    file, weights = run / "sampler-mixture.safetensors", model_folder(run) / "model.safetensors"
     with torch.no_grad():
         vae.encoder.head.weight.mul_(2)
     later = file.stat().st_mtime + 10
@@ -328,7 +329,7 @@ def test_a_model_of_the_hub_makes_no_folder(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which would be mistaken for the model the next time."""
-    folder = trained.run / "checkpoint"
+    folder = model_folder(trained.run)
 
     def download(repo_id: str, filename: str, **options: Any) -> str:
         return str(folder / filename)

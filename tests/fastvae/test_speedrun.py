@@ -19,6 +19,7 @@ from fastvae.training.schedule import learning_rate
 SCRIPT = str(REPOSITORY / "launch/speedrun.py")
 
 
+@pytest.mark.slow
 def test_quick(tmp_path: Path) -> None:
     """Two seeds at once; `fastvae evaluate` finds the same likelihood for the same run."""
     flags = ["--quick", "--seeds", "2", "--jobs", "2"]

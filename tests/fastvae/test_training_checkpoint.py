@@ -1,11 +1,8 @@
 """Stopped and resumed is straight through: to the bit, wherever and however the run was stopped."""
 
 import json
-import shlex
 import shutil
-import signal
-import subprocess
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +10,16 @@ from typing import Any
 import pytest
 from conftest import Trained
 from running import (
-    TINY,
+    assert_same_run,
     assert_same_tensors,
-    command_line,
-    environment,
+    kept,
     metrics,
-    results,
     resume,
     train,
     training_state,
-    weights,
 )
 
+from fastvae import checkpoints
 from fastvae.cli import main
 from fastvae.training.log import RunLog
 
@@ -33,7 +28,7 @@ class Killed(BaseException):
     """No handler in the library expects it."""
 
 
-def killed(*flags: object, output: Path, after_line: int) -> Path:
+def killed(*flags: object, output: Path, after_line: int, resumed: bool = False) -> Path:
     """A run that ends without warning once it has logged the given step."""
     write = RunLog.write
 
@@ -45,21 +40,15 @@ def killed(*flags: object, output: Path, after_line: int) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "write", write_and_die)
         with pytest.raises(Killed):
-            train(*flags, output=output)
+            resume(output, *flags) if resumed else train(*flags, output=output)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
     return output
 
 
 def step_of(run: Path) -> int:
-    return json.loads((run / "checkpoint/state.json").read_text())["step"]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
-    assert_same_tensors(training_state(a), training_state(b))
-    assert_same_tensors(weights(a), weights(b))
-    assert results(a)["heldout"] == results(b)["heldout"]
-    for name in ("samples.png", "reconstructions.png"):
-        assert (a / name).read_bytes() == (b / name).read_bytes()
+    return checkpoints.newest(run)[0].step
 
 
 VARIANTS = {
@@ -98,42 +87,29 @@ def test_stopped_again_and_again(tmp_path: Path) -> None:
     run = killed("--checkpoint-every", 0.2, output=tmp_path / "killed", after_line=20)
     for line in (30, 50):
         before = step_of(run)
-        with pytest.MonkeyPatch.context() as patch:
-            write = RunLog.write
-
-            def write_and_die(
-                self: RunLog, step: int, values: dict, line: int = line, write: Callable = write
-            ) -> None:
-                write(self, step, values)
-                if step == line:
-                    raise Killed
-
-            patch.setattr(RunLog, "write", write_and_die)
-            with pytest.raises(Killed):
-                resume(run)
+        killed(output=run, after_line=line, resumed=True)
         assert step_of(run) > before
     resume(run)
     assert_same_run(run, straight)
 
 
-def test_killed_by_the_system(tmp_path: Path) -> None:
-    """A real process and SIGKILL, at whatever place it finds."""
-    flags = shlex.split("--batch-size 16 --max-steps 2500 --epochs 100 --checkpoint-every 0.5")
-    command = [*command_line(), "train", *TINY, *flags, "--output", "killed"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL
-    ) as process:
-        lines = tmp_path / "killed/metrics.jsonl"
-        while process.poll() is None and not (
-            lines.exists() and lines.read_text().count("\n") > 40
-        ):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed/results.json").exists()
-    straight = train(*flags, output=tmp_path / "straight")
-    resume(tmp_path / "killed")
-    assert_same_run(tmp_path / "killed", straight)
+def test_stopped_before_the_first_checkpoint_of_an_epoch(tmp_path: Path) -> None:
+    """There is one at the start, from which the run begins again."""
+    straight = train(output=tmp_path / "straight")
+    run = killed(output=tmp_path / "killed", after_line=10)
+    assert step_of(run) == 0
+    resume(run)
+    assert_same_run(run, straight)
+
+
+def test_only_the_results_are_missing(tmp_path: Path) -> None:
+    """It ended between the last checkpoint and the results."""
+    run = train(output=tmp_path / "run")
+    straight = shutil.copytree(run, tmp_path / "straight")
+    for name in ("results.json", "samples.png", "reconstructions.png"):
+        (run / name).unlink()
+    resume(run)
+    assert_same_run(run, straight)
 
 
 def test_going_on_for_longer(tmp_path: Path) -> None:
@@ -151,16 +127,35 @@ def test_going_on_for_longer(tmp_path: Path) -> None:
     assert json.loads((run / "config.json").read_text())["max_steps"] == 60
 
 
-def test_a_crash_between_the_two_renames(tmp_path: Path) -> None:
-    """The new checkpoint has not taken its place yet; the one before waits beside it."""
-    straight = train(output=tmp_path / "straight")
-    run = killed(output=tmp_path / "killed", after_line=40)
-    (run / "checkpoint").rename(run / ".checkpoint.old")
-    (run / ".checkpoint.new").mkdir()
-    (run / ".checkpoint.new/half.safetensors").write_bytes(b"half")
+def test_the_newest_that_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A damaged checkpoint is named and passed over, and the end of the run is the same."""
+    straight = train("--checkpoint-every", 0.3, output=tmp_path / "straight")
+    run = killed("--checkpoint-every", 0.3, output=tmp_path / "killed", after_line=50)
+    damaged = kept(run)
+    content = bytearray((damaged / "training.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "training.safetensors").write_bytes(content)
+    before = kept(run)
+    assert before != damaged
+    capsys.readouterr()
     resume(run)
+    said = capsys.readouterr().err
+    assert f"warning: {damaged}/training.safetensors is damaged" in said
+    assert f"continuing from {before} instead" in said
     assert_same_run(run, straight)
-    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_so_many_checkpoints_stay(tmp_path: Path) -> None:
+    run = train("--checkpoint-every", 0.2, "--keep", 3, output=tmp_path / "run")
+    found = [checkpoints.read_manifest(folder) for folder in checkpoints.folders(run)]
+    best = checkpoints.best_of(run)
+    assert best is not None and best.heldout is not None
+    assert len(found) == 3 + (best.step not in [c.step for c in found[:3]])
+    assert best.heldout == max(
+        line["heldout_elbo"]
+        for line in metrics(run)
+        if line["step"] in [c.step for c in found] and "heldout_elbo" in line
+    )
 
 
 # What is refused, and leaves the run as it was
@@ -206,25 +201,53 @@ def test_other_settings(
 
 
 @pytest.mark.parametrize("name", ["training.safetensors", "model.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
-def test_a_damaged_checkpoint(
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "missing"])
+def test_no_checkpoint_is_whole(
     copied: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = copied / "checkpoint" / name
-    content = file.read_bytes()
-    contents = {"cut": content[: len(content) // 2], "empty": b"", "noise": b"\xff\x80\x04."}
-    file.write_bytes(contents[damage])
+    """A clear error, and no fresh start."""
+    for folder in checkpoints.folders(copied):
+        file = folder / name
+        content = file.read_bytes()
+        contents = {"cut": content[: len(content) // 2], "empty": b"", "noise": b"\xff\x80\x04."}
+        file.unlink() if damage == "missing" else file.write_bytes(contents[damage])
     message = refused(copied, ["--max-steps", "90"], capsys)
-    assert str(file) in message
-    assert "damaged" in message
+    assert "no checkpoint that is whole" in message
+    for folder in checkpoints.folders(copied):
+        assert str(folder / name) in message
 
 
-def test_a_missing_part_of_a_checkpoint(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (copied / "checkpoint/training.safetensors").unlink()
+def test_no_checkpoint_at_all(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copied / "checkpoints")
+    assert "has no checkpoint" in refused(copied, ["--max-steps", "90"], capsys)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Its state.json changed, and the manifest too, so that it counts as whole."""
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    content = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
+    content["state.json"] = json.dumps(state).encode()
+
+    def fill(fresh: Path) -> None:
+        for name, value in content.items():
+            (fresh / name).write_bytes(value)
+
+    step = checkpoints.read_manifest(folder).step
+    checkpoints.commit(folder.parents[1], step, fill)
+
+
+@pytest.mark.parametrize("key", ["step", "pending", "faults", "said", "train_data"])
+def test_counters_that_make_no_sense(
+    copied: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in (None, "x", -1, [1]):
+        rewritten(kept(copied), lambda state, v=value: state.update({key: v}))
+        message = refused(copied, ["--max-steps", "90"], capsys)
+        assert "state.json" in message or "other images" in message
+    rewritten(kept(copied), lambda state: state.pop(key))
     message = refused(copied, ["--max-steps", "90"], capsys)
-    assert "training.safetensors" in message
-    shutil.rmtree(copied / "checkpoint")
-    assert "no checkpoint to resume from" in refused(copied, ["--max-steps", "90"], capsys)
+    assert "state.json" in message or "other images" in message
 
 
 def test_a_checkpoint_of_another_model(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +258,14 @@ def test_a_checkpoint_of_another_model(copied: Path, capsys: pytest.CaptureFixtu
     assert "of another model" in refused(copied, ["--max-steps", "90"], capsys)
 
 
-def test_a_checkpoint_of_another_format(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = copied / "checkpoint/state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+def test_a_checkpoint_of_other_images(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewritten(kept(copied), lambda state: state.update(train_data="1×1×8×8 uint8 0123456789abcdef"))
     message = refused(copied, ["--max-steps", "90"], capsys)
-    assert "format 99" in message
+    assert "was trained on other images" in message and "0123456789abcdef" in message
+
+
+def test_a_checkpoint_of_a_newer_format(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = kept(copied) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    message = refused(copied, ["--max-steps", "90"], capsys)
+    assert "format 99" in message and "reads up to 1" in message

@@ -30,7 +30,9 @@ def log_steps(
     screen, now = Screen(terminal), [0.0]
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(log_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    log = RunLog(Accelerator(cpu=True), folder, bound="elbo", start_step=0, total_steps=100)
+    log = RunLog(
+        Accelerator(cpu=True), folder, bound="elbo", start_step=0, last_line=0, total_steps=100
+    )
     log.say("hello")
     for step in range(1, 101):
         now[0] += seconds_a_step
@@ -76,5 +78,7 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in (5, 10, 15)]
     file.write_text("\n".join([*lines, '{"step": 20, "lo']))  # cut short by a crash
-    RunLog(Accelerator(cpu=True), tmp_path, bound="elbo", start_step=10, total_steps=20).close()
+    RunLog(
+        Accelerator(cpu=True), tmp_path, bound="elbo", start_step=10, last_line=10, total_steps=20
+    ).close()
     assert file.read_text() == '{"step": 5}\n{"step": 10}\n'

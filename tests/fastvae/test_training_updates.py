@@ -156,12 +156,14 @@ def _forget_compiled_code() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-COMPILED = {
-    name: STEPS[name] for name in ("plain", "conv, conditional, mirrored", "optimal variance")
-}
+COMPILED = (
+    "plain",
+    "optimal variance",
+    pytest.param("conv, conditional, mirrored", marks=pytest.mark.slow),
+)
 
 
-@pytest.mark.parametrize("one_graph", [True, False])
+@pytest.mark.parametrize("one_graph", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", COMPILED)
 def test_200_compiled_steps_are_200_plain_steps(
     name: str, one_graph: bool, digits: ImageSet, monkeypatch: pytest.MonkeyPatch
@@ -171,7 +173,7 @@ def test_200_compiled_steps_are_200_plain_steps(
         pytest.skip(f"PyTorch {torch.__version__} does not trace a backward pass")
     if not one_graph:
         monkeypatch.setattr("fastvae.training.updates.gradients_in_one_graph", lambda *_: None)
-    plain, compiled = make(COMPILED[name], digits), make(COMPILED[name], digits, compiled=True)
+    plain, compiled = make(STEPS[name], digits), make(STEPS[name], digits, compiled=True)
     assert (compiled.gradients is not None) == one_graph
     for steps in (1, 199):
         plain.advance(steps)
@@ -241,6 +243,56 @@ def test_gradients_have_the_layout_of_their_weights(compiled: bool, digits: Imag
     updates.optimizer.step = look  # type: ignore[method-assign, assignment]
     updates.advance(2)
     assert seen.count(4) > 0
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig(),
+        OptimizerConfig(clip_norm=1.0, ema_decay=0.9),
+        OptimizerConfig(optimizer="muon", ema_decay=0.9),
+    ],
+    ids=["adam", "clipped, averaged", "muon, averaged"],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_losses_that_are_scaled(
+    parts: int, optimizer: OptimizerConfig, digits: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With PyTorch's own scaler, as for fp16, but in float32 to compare exactly: the same steps are
+    taken, that without finite gradients is not, and the scale is halved."""
+    losses = TrainingStep.losses
+
+    def spoiled(self: TrainingStep, batch: Any, position: Tensor) -> Any:
+        found, terms = losses(self, batch, position)
+        return found * torch.where(position // BATCH == 12, torch.inf, 1.0), terms
+
+    monkeypatch.setattr(TrainingStep, "losses", spoiled)
+    config = replace(CONFIG, optimizer=optimizer, gradient_accumulation_steps=parts)
+    plain = make(config, digits)
+    plain.advance(30)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    init = Accelerator.__init__
+
+    def scaling(self: Accelerator, *arguments: Any, **keywords: Any) -> None:
+        init(self, *arguments, **keywords)
+        self.scaler = scaler
+
+    monkeypatch.setattr(Accelerator, "__init__", scaling)
+    scaled = make(config, digits)
+    # After its autocast was set up: what tells Accelerate to unscale before it clips.
+    scaled.accelerator.native_amp = True
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    scaled.advance(30)
+    assert scaler.get_scale() == 512.0
+    for updates in (scaled, plain):
+        assert (int(updates.skipped), updates.in_a_row) == (1, 0)
+    torch.testing.assert_close(scaled.sums, plain.sums, rtol=1e-6, atol=0)
+    models = [(scaled.model, plain.model)]
+    if scaled.ema and plain.ema:
+        models.append((scaled.ema.model, plain.ema.model))
+    for model, expected in models:
+        found, truth = (torch.cat([p.flatten() for p in m.parameters()]) for m in (model, expected))
+        assert (found - truth).norm() < 1e-5 * truth.norm()
 
 
 # --------------------------------------------------------------------------------- replays
@@ -338,7 +390,7 @@ def test_one_graph_is_asked_of_the_compiler_only_where_it_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch._dynamo, "config", object())
-    assert compiler.gradients_in_one_graph(torch.nn.Identity(), [], None) is None  # type: ignore[arg-type]
+    assert compiler.gradients_in_one_graph(torch.nn.Identity(), [], 1, None) is None  # type: ignore[arg-type]
 
 
 def test_mirrored_images() -> None:

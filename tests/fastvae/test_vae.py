@@ -272,10 +272,8 @@ def test_streams_are_far_apart() -> None:
 # Compiled
 
 
-@pytest.mark.parametrize(
-    ("network", "likelihood"),
-    [("mlp", Bernoulli()), pytest.param("conv", Gaussian(), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "likelihood"), [("mlp", Bernoulli()), ("conv", Gaussian())])
 def test_compiled_as_one_graph(network: str, likelihood: Likelihood) -> None:
     vae = rough(make_vae(network, (1, 8, 8), likelihood))
     x = grey_images(6, (1, 8, 8))
@@ -435,7 +433,7 @@ def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         VAE.from_pretrained(tmp_path)
-    for part in (str(tmp_path), "model.safetensors", "config.json", "checkpoint/"):
+    for part in (str(tmp_path), "model.safetensors", "config.json", "checkpoints/"):
         assert part in str(caught.value)
 
 
