@@ -9,38 +9,26 @@ with what uses them: the same draws are compiled alone, which is more than they 
 
 import argparse
 import importlib
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fastvae_kernels.philox as philox
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from machine import describe
+from preset_steps import CPU, updates_of
+from record import write_results
 from torch import Tensor
 
 from fastvae.allocator import keep_freed_memory
-from fastvae.build import build_model, build_objective
-from fastvae.data import ImageSet
 from fastvae.precision import use_matmul_precision
 from fastvae.presets import PRESETS, preset
-from fastvae.training.feed import Feed
-from fastvae.training.step import TrainingStep
-from fastvae.training.updates import Updates
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 LIMIT = 0.05
-IMAGES = 2000
 # The function of the same name hides the module.
 reparameterize_kl = importlib.import_module("fastvae_kernels.reference.reparameterize_kl")
-SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "diabetes": (1, 1, 10)}
 
 Draw = Callable[..., Tensor]
 
@@ -60,33 +48,6 @@ class Watched:
         Watched.seconds += time.perf_counter() - began
         Watched.calls.append((self.draw, arguments))
         return found
-
-
-def updates_of(name: str, compiled: bool) -> Updates:
-    """The preset's steps, in float32."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    config = preset(name)
-    generator = torch.Generator().manual_seed(0)
-    shape = SHAPES.get(config.data.data, (1, 28, 28))
-    images = torch.randint(256, (IMAGES, *shape), dtype=torch.uint8, generator=generator)
-    real = config.data.data == "diabetes"
-    labels = torch.rand(IMAGES, generator=generator) if real else torch.arange(IMAGES) % 10
-    data = ImageSet(images, labels, "random")
-    model = build_model(config.model, data, config.batch_size)
-    model.to(memory_format=torch.channels_last)
-    objective = build_objective(config.objective, IMAGES)
-    return Updates(
-        model,
-        TrainingStep(model, objective, 0),
-        Feed(data, 0, CPU, samples_ahead=config.batch_size),
-        torch.optim.Adam(model.parameters(), lr=1e-4, fused=True),
-        None,
-        Accelerator(cpu=True),
-        replace(config, compile="off"),
-        total_steps=10**6,
-        done=0,
-        compiled=compiled,
-    )
 
 
 def share_of_noise(name: str, compiled: bool, rounds: int) -> dict[str, Any]:
@@ -142,10 +103,9 @@ def _seconds(call: Callable[[], object], times: int) -> float:
     return (time.perf_counter() - began) / times
 
 
-def to_markdown(rows: Sequence[dict[str, Any]], head: str) -> str:
+def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table; more than the limit stands in bold."""
     lines = [
-        head,
         "| preset | | share of a step | lowest–highest of the rounds |",
         "|---|---|---|---|",
     ]
@@ -185,22 +145,10 @@ def main() -> None:
             print(
                 f"{name} {'compiled' if compiled else 'eager'}: {rows[-1]['share']:.1%}", flush=True
             )
-    machine = describe(CPU)
-    date = time.strftime("%Y-%m-%d")
-    command = " ".join(["python bench/noise.py", *sys.argv[1:]])
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
-    head = (
-        f"# Noise on a CPU, {date}\n\n`{command}`: {machine['device']}, "
-        f"{machine['threads']} threads; {versions}. "
-        f"Medians of {arguments.rounds} rounds; the aim is less than {LIMIT:.0%}.\n"
+    note = f"Medians of {arguments.rounds} rounds; the aim is less than {LIMIT:.0%}."
+    path = write_results(
+        arguments.output, "noise", CPU, f"# Noise on a CPU\n\n{note}", to_markdown(rows), rows=rows
     )
-    name = machine["device"].replace(" ", "-")
-    path = arguments.output / f"noise-cpu-{name}-{date}"
-    path.with_suffix(".json").write_text(
-        json.dumps({"command": command, "date": date, "machine": machine, "rows": rows}, indent=1)
-        + "\n"
-    )
-    path.with_suffix(".md").write_text(to_markdown(rows, head))
     print(f"written: {path}.json and .md".replace(f"{ROOT}/", ""))
 
 

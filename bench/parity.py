@@ -22,6 +22,7 @@ from settings import ROOT, Settings
 # packages.
 REPLAY = "tests/fastvae/test_replay_cuda.py"
 WAITS = "tests/fastvae/test_no_host_waits_cuda.py"
+FAULTS = "tests/fastvae/test_faults_cuda.py"
 
 
 class Red(Exception):
@@ -37,7 +38,8 @@ def run(settings: Settings) -> dict[str, Any]:
     GPU, the Triton kernels were among what was tested.
 
     `red` says what is wrong with the kernels and with replayed steps, of which no speed is then
-    reported; a host that waits is a failure too, but makes no result wrong.
+    reported; a host that waits, or a fault that is not handled, is a failure too, but makes no
+    speed wrong.
     """
     quick = ["-k", "test_shapes or test_layouts"] if settings.quick else []
     found, problem = _pytest([*settings.tests, *_in_parallel(settings), *quick])
@@ -46,8 +48,9 @@ def run(settings: Settings) -> dict[str, Any]:
     found["not_importable"] = _not_importable()
     found["replay"], replay_problem = _pytest([REPLAY, "--noconftest"])
     found["waits"], waits_problem = _pytest([WAITS, "--noconftest"])
+    found["faults"], faults_problem = _pytest([FAULTS, "--noconftest"])
     found["red"] = {"kernels": problem, "replay": replay_problem}
-    problems = [p for p in (problem, replay_problem, waits_problem) if p]
+    problems = [p for p in (problem, replay_problem, waits_problem, faults_problem) if p]
     if problems:
         raise Red("\n\n".join(problems), found)
     return found

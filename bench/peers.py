@@ -171,7 +171,7 @@ def _write_images(arguments: argparse.Namespace, work: Path) -> tuple[Path, str]
     path = work / "images.npz"
     if arguments.data_dir:
         train, heldout = load_data(DataConfig("mnist", data_dir=arguments.data_dir), seed=0)
-        train_images, heldout_images, data = train.images, heldout.images, "MNIST"
+        train_images, heldout_images, data = train.tensor, heldout.tensor, "MNIST"
     else:
         count = 6000 if arguments.quick else IMAGES
         all_images = digit_like_images(count + 1000, torch.device("cpu"))

@@ -111,7 +111,8 @@ def _parity(section: Row) -> Iterator[str]:
         f"{section['skipped']} skipped, in {section['seconds']} s; "
         f"{section['kernels_on_gpu']} of those that passed ran Triton kernels on the GPU."
     )
-    named = {"Replayed steps": section["replay"], "Host waits": section["waits"]}
+    titles = {"replay": "Replayed steps", "waits": "Host waits", "faults": "Faults"}
+    named = {title: section[key] for key, title in titles.items()}
     for title, tests in named.items():
         yield (
             f"\n{title}: `{tests['command']}`: {tests['passed']} passed, {tests['failed']} "
