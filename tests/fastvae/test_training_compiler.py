@@ -48,6 +48,7 @@ def test_operations_are_counted() -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.slow
 def test_compiled_training_agrees(trained: Trained, tmp_path: Path) -> None:
     flags = [flag for flag in TINY if flag not in ("--compile", "off")]
     process = fastvae("train", *flags, "--compile", "on", "--output", "run", folder=tmp_path)

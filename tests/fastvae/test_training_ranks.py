@@ -63,9 +63,7 @@ CASES = {
 CASES["uneven, accumulated"] = "--batch-size 67 --gradient-accumulation-steps 2"
 FEW = (  # the rest is slow
     "gaussian",
-    "doubly reparameterised",
     "mmd",
-    "optimal variance",
     "gaussian, accumulated",
     "uneven, accumulated",
 )

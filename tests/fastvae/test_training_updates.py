@@ -158,7 +158,7 @@ def _forget_compiled_code() -> Iterator[None]:
 
 COMPILED = (
     "plain",
-    "optimal variance",
+    pytest.param("optimal variance", marks=pytest.mark.slow),
     pytest.param("conv, conditional, mirrored", marks=pytest.mark.slow),
 )
 

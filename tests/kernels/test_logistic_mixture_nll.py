@@ -744,6 +744,7 @@ def test_triton_has_conditions(monkeypatch):
 # -------------------------------------------------------------- the kernels, on any machine
 
 
+@pytest.mark.slow
 @needs_no_interpreter
 @pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
 def test_kernels_pass_in_the_interpreter(tmp_path):
