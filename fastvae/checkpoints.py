@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ def commit(
     """Make the checkpoint of `step`: `fill` writes its files into the folder it is given.
 
     Afterwards it is there whole, also if the power fails; if anything goes wrong before (OSError),
-    nothing has changed. One that is there for the same step is replaced.
+    nothing has changed. One that is there for the same step (damaged, or of step 0) is replaced,
+    and between two renames there is neither.
     """
     parent, target = run / FOLDER, _folder(run, step)
     parent.mkdir(exist_ok=True)
@@ -210,11 +211,6 @@ def _remove(folder: Path) -> None:
 
 def _sweep(parent: Path) -> None:
     """Clear away what a crash left half written or half deleted."""
-    for left in _hidden(parent):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _hidden(parent: Path) -> Iterator[Path]:
     for name in os.listdir(parent):
         if name.startswith(".step-") and name.endswith((".new", ".gone")):
-            yield parent / name
+            shutil.rmtree(parent / name, ignore_errors=True)

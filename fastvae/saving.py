@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastvae import checkpoints
 from fastvae.errors import FastvaeWarning, UserError
@@ -44,8 +44,13 @@ class Described(Protocol):
 
 def save_model(model: Described, folder: Path) -> None:
     """Write config.json and model.safetensors into an existing folder."""
-    (folder / CONFIG_NAME).write_text(json.dumps(model.spec(), indent=2) + "\n")
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    write_model(model.spec(), state, folder)
+
+
+def write_model(spec: dict[str, Any], state: dict[str, Tensor], folder: Path) -> None:
+    """As `save_model`, what the model has said of itself: its tensors are contiguous."""
+    (folder / CONFIG_NAME).write_text(json.dumps(spec, indent=2) + "\n")
     save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     # safetensors' are for their owner alone, whatever the user's mask.
     (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)

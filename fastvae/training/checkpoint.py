@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvae import checkpoints
 from fastvae.errors import UserError
 from fastvae.models import Model
-from fastvae.saving import CONFIG_NAME, WEIGHTS_NAME
+from fastvae.saving import WEIGHTS_NAME, write_model
 
 Contents = TypeVar("Contents")
 
@@ -59,8 +59,7 @@ class Snapshot:
         weights, training = self._on_host(self.weights), self._on_host(self.training)
 
         def fill(folder: Path) -> None:
-            (folder / CONFIG_NAME).write_text(json.dumps(self.spec, indent=2) + "\n")
-            save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+            write_model(self.spec, weights, folder)
             save_file(training, folder / checkpoints.TRAINING_NAME)
             text = json.dumps(self.state, indent=2) + "\n"
             (folder / checkpoints.STATE_NAME).write_text(text)

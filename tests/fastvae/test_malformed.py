@@ -285,17 +285,18 @@ def _tried(target: Target, seeds: range) -> dict[str, int]:
 
 
 @pytest.fixture
-def without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def target(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """That of the test's parameter, whose reading leaves nothing elsewhere."""
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    folder = tmp_path / "files"
+    folder.mkdir()
+    return TARGETS[name](folder)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TARGETS)
-def test_malformed(name: str, tmp_path: Path, without_noise: None) -> None:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    target = TARGETS[name](folder)
+def test_malformed(name: str, target: Target) -> None:
     counts = tried(target, range(target.count))
     assert sum(counts.values()) == target.count
     assert counts["refused"] > target.count / 10
@@ -304,10 +305,7 @@ def test_malformed(name: str, tmp_path: Path, without_noise: None) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TARGETS)
-def test_many_more(name: str, tmp_path: Path, without_noise: None) -> None:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    target = TARGETS[name](folder)
+def test_many_more(name: str, target: Target) -> None:
     for block in range(1, MORE):
         tried(target, range(block * target.count, (block + 1) * target.count))
 
