@@ -20,7 +20,7 @@ from fastvae.config import Config, from_json
 from fastvae.errors import FastvaeWarning, OneProcessError, Stopped, UserError
 from fastvae.presets import DEFAULT_LABELS_PRESET, DEFAULT_PRESET, PRESETS, preset
 from fastvae.runs import read_config
-from fastvae.training import train
+from fastvae.training import leave_the_others, train
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     warnings.formatwarning = _formatted
     try:
-        COMMANDS[arguments[0]](arguments[1:])
-    except UserError as error:
-        # One message, not one for each process.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OneProcessError):
-            print(f"fastvae {arguments[0]}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastvae {arguments[0]}: {stopped}", file=sys.stderr)
-        sys.exit(0 if stopped.number == signal.SIGTERM else 128 + stopped.number)
+        status = _status(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         print(f"fastvae {arguments[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
+    if status is not None:
+        # Here, where the exception no longer holds on to the run.
+        leave_the_others()
+        sys.exit(status)
+
+
+def _status(command: str, arguments: Sequence[str]) -> int | None:
+    """Run the command; the exit status if it ended before its end, and what a user is told."""
+    try:
+        COMMANDS[command](arguments)
+    except UserError as error:
+        # One message, not one for each process.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OneProcessError):
+            print(f"fastvae {command}: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastvae {command}: {stopped}", file=sys.stderr)
+        return 0 if stopped.number == signal.SIGTERM else 128 + stopped.number
+    return None
 
 
 def _usage(arguments: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The training path."""
 
 from fastvae.training.loop import train
+from fastvae.training.together import leave_the_others
 
-__all__ = ["train"]
+__all__ = ["leave_the_others", "train"]

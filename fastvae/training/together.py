@@ -102,6 +102,13 @@ class Together:
             )
 
 
+def leave_the_others() -> None:
+    """End what connects this process with the others, if anything does, before Python ends: a
+    thread of theirs that then lets go of a tensor would abort the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_loss_of_another(error: BaseException) -> bool:
     """Whether `error` says that another process of the run no longer answers."""
     if isinstance(error, dist.DistError):

@@ -86,6 +86,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from fastvae.cli import main
+from fastvae.training import leave_the_others
 from fastvae.training.feed import Feed
 
 batch, taken = Feed.batch, []
@@ -104,6 +105,7 @@ for name, flags in json.loads(Path("cases.json").read_text()).items():
     GradientState._reset_state()
     rank = os.environ.get("RANK", "0")
     Path(sys.argv[1], name, f"taken-{rank}.json").write_text(json.dumps(taken))
+leave_the_others()
 """
 
 
@@ -268,6 +270,40 @@ def test_two_processes_resumed_are_straight_through_to_the_bit(tmp_path: Path) -
     process = run_process([*ranks(2), "--resume", "run"], tmp_path, ACCELERATE_USE_CPU="true")
     assert process.returncode == 0, process.stderr
     assert_same_run(run, tmp_path / "straight")
+
+
+# However it ends, PyTorch's threads end before Python does, which they could otherwise abort
+
+ENDING = """
+import sys
+from pathlib import Path
+from fastvae.cli import main
+try:
+    main(["train", *sys.argv[1:]])
+finally:
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print("left:", *(name for name in threads if "gloo" in name))
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="threads' names are in Linux's /proc"
+)
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [
+        pytest.param("--max-steps 8", 0, marks=pytest.mark.slow),
+        ("--learning-rate 1e30 --max-bad-steps 2", 2),
+    ],
+)
+def test_no_thread_of_the_group_is_left(flags: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / "ending.py").write_text(ENDING)
+    command = [*ranks(2, "ending.py"), *TINY, *shlex.split(flags), "--output", "run"]
+    process = run_process(command, tmp_path, ACCELERATE_USE_CPU="true")
+    assert (process.returncode == 0) == (status == 0), process.stderr
+    # Once one has failed torchrun ends the other, wherever that is.
+    assert "exitcode  : 2" in process.stderr or not status
+    assert set(process.stdout.splitlines()) == {"left:"}
 
 
 # What is refused, by all processes and with one message
