@@ -24,7 +24,7 @@ train: $(READY)  ## train on the embedded digits; ARGS="--preset mnist-mlp --dow
 	$(LAUNCH) launch/train.py $(ARGS)
 
 test: $(READY)  ## the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the slow tests alone
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

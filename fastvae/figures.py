@@ -258,7 +258,8 @@ def save_curves(
         axis.set(title=title, xlabel="epoch", ylabel="nats per image")
         axis.grid(alpha=0.3)
         _fit_after_start(axis)
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     _save_chart(figure, path)
 
 

@@ -227,7 +227,7 @@ def test_200_fast_steps_are_200_slow_ones(
         torch.testing.assert_close(a, b, **{"rtol": 1e-2, "atol": 3e-3, **exactly})
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_have_the_layout_of_their_weights(compiled: bool, digits: ImageSet) -> None:
     """A fused optimizer goes through both in the order of memory."""
     updates = make(STEPS["conv, conditional, mirrored"], digits, compiled=compiled)
