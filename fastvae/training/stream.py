@@ -14,6 +14,7 @@ from fastvae.errors import UserError
 
 BATCHES_AHEAD = 4  # of each worker
 MOST_WORKERS = 8
+PATIENCE = 5.0  # seconds, until the signal of a worker's death
 
 
 class Decoded(NamedTuple):
@@ -57,7 +58,13 @@ class Stream:
         be read. If a worker dies, PyTorch raises RuntimeError wherever the main thread is."""
         assert self._batches is not None
         began = time.perf_counter()
-        decoded = next(self._batches)
+        try:
+            decoded = next(self._batches)
+        except (EOFError, ConnectionError) as error:
+            # The worker has died as it handed over a batch. PyTorch says so at the signal of its
+            # death, which must not come later, in the middle of something else.
+            time.sleep(PATIENCE)
+            raise RuntimeError("DataLoader worker broke off the handing over of a batch") from error
         self.waited += time.perf_counter() - began
         assert decoded.position == position, (decoded.position, position)
         if decoded.found is None:

@@ -1,14 +1,17 @@
 """Images that are not kept in memory: the same run, with bounded memory, whoever reads them."""
 
+import itertools
 import json
 import random
 import shlex
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from data_files import noise, write_image
@@ -26,7 +29,7 @@ from running import (
 )
 
 from fastvae.data import DataConfig, EpochOrder, load_all, load_data, stored
-from fastvae.data.stored import StoredImages
+from fastvae.data.stored import Pixels, StoredImages
 from fastvae.errors import UserError
 from fastvae.training.stream import Stream
 
@@ -317,6 +320,39 @@ def test_batches_in_the_order_announced(folder: Path) -> None:
             expected = images.select(order.indices(position, 4)).loaded().tensor
             assert torch.equal(found.images, expected)
             assert found.taken.tolist() == [0, 1, 2, 3] and found.problems == []
+
+
+class Blank(StoredImages):
+    """Images that cost nothing to read: the handing over is then most of a worker's time."""
+
+    def __init__(self) -> None:
+        pass
+
+    def view(self, rows: torch.Tensor | slice) -> "Blank":
+        return self
+
+    def read(self, threads: int | None = None) -> Pixels:
+        return Pixels(torch.zeros(64, 1, 8, 8, dtype=torch.uint8), torch.arange(64), [])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_worker_killed_at_any_moment(seed: int) -> None:
+    """Also while it hands over a batch, where the other end sees a connection that breaks."""
+    stream = Stream(Blank(), EpochOrder(64, seed=0), workers=2, pinned=False)
+    before = psutil.Process().children()
+    stream.begin(64, [range(64)], first_step=0)
+    worker, _ = (child for child in psutil.Process().children() if child not in before)
+    stream.next(0)
+    threading.Timer(0.02 * random.Random(seed).random(), worker.kill).start()
+    end = time.monotonic() + 30
+
+    def go_on() -> None:
+        for step in itertools.count(1):
+            stream.next(64 * step)
+            assert time.monotonic() < end
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        go_on()
 
 
 def test_reading_in_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
