@@ -85,7 +85,7 @@ def _step(what: str, latents: int, device: torch.device) -> dict[str, Any]:
 
     eager = make_updates(config, images, accelerator, compiled=False, replayed=False)
     eager.feed.prepare(0, ROWS)
-    fed = _kept_and_peak(lambda: eager.wrapped(position)[0], eager.model, images)
+    fed = _kept_and_peak(lambda: eager.wrapped(position, ROWS)[0], eager.model, images)
 
     plain = OnDevice(plain_like(eager.model, config.model, case.image_shape), images, config)
     indices = torch.arange(ROWS, device=device)

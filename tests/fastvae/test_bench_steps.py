@@ -263,6 +263,18 @@ def test_red_tests_stop_what_rests_on_them() -> None:
     assert "replay" in status("speedrun", {"kernels": "", "replay": "wrong"})
 
 
+@pytest.mark.slow
+def test_everything_runs_at_tiny_sizes(tmp_path: Path) -> None:
+    command = ["bench/gpu.py", "--device", "cpu", "--quick", "--rounds", "5", "--minutes", "20"]
+    command += ["--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (page,) = tmp_path.glob("quick-cpu-*.md")
+    for section in gpu.SECTIONS:
+        assert f"{section}: ok" in done.stdout or f"{section}: skipped" in done.stdout
+    assert "no time left" not in page.read_text()
+
+
 def test_nothing_is_missing_here() -> None:
     assert bare.MISSING == []
 
