@@ -64,7 +64,8 @@ def test_compiled_training_agrees(trained: Trained, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("choice", ["auto", pytest.param("on", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["auto", "on"])
 def test_without_a_compiler(choice: str, tmp_path: Path) -> None:
     """Nothing is on the path, and what CXX names is not there."""
     flags = [flag for flag in TINY if flag not in ("--compile", "off")]

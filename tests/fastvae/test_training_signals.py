@@ -76,7 +76,7 @@ def stopped(
 @pytest.mark.parametrize(
     ("name", "number", "to"),
     [
-        ("command", signal.SIGTERM, "launcher"),
+        pytest.param("command", signal.SIGTERM, "launcher", marks=pytest.mark.slow),
         pytest.param("command", signal.SIGINT, "launcher", marks=pytest.mark.slow),
         ("accelerate", signal.SIGTERM, "launcher"),
         ("two processes", signal.SIGTERM, "launcher"),
