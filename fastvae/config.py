@@ -275,6 +275,9 @@ class Config:
     """Epochs between two evaluations on held-out images."""
     checkpoint_every: float = 1.0
     """Epochs between two checkpoints; there is always one at the start and at the end."""
+    checkpoint_minutes: float | None = None
+    """Minutes between two checkpoints, in place of --checkpoint-every: for epochs of hours, or of
+    less than a second."""
     keep: int = 2
     """So many of the newest checkpoints stay, besides the best by the held-out bound."""
     max_bad_steps: int = 20
@@ -304,6 +307,10 @@ class Config:
         _require(self.log_every >= 1, "log-every", "at least 1", self.log_every)
         _require(self.eval_every > 0, "eval-every", "positive", self.eval_every)
         _require(self.checkpoint_every > 0, "checkpoint-every", "positive", self.checkpoint_every)
+        minutes = self.checkpoint_minutes
+        _require(
+            minutes is None or 0 < minutes < float("inf"), "checkpoint-minutes", "positive", minutes
+        )
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
         _require(self.max_bad_steps >= 1, "max-bad-steps", "at least 1", self.max_bad_steps)
         if reason := why_impossible(self):

@@ -1,4 +1,4 @@
-"""How exactly float32 matrices are multiplied."""
+"""How exactly float32 products and convolutions are computed: one policy for both."""
 
 from typing import Literal
 
@@ -11,7 +11,11 @@ _AS_GOOD_AS_FLOAT32 = 2e-6
 
 
 def use_matmul_precision(wanted: MatmulPrecision, device: torch.device) -> str:
-    """Set `torch.set_float32_matmul_precision` for this process, and return what was set.
+    """Set how exact float32 products and convolutions are in this process; return what was set.
+
+    The names are those of `torch.set_float32_matmul_precision`. That function leaves cuDNN free to
+    round the factors of convolutions to TF32, at "highest" too: here they may be rounded only
+    where those of products may.
 
     "auto" never trades accuracy. On a GPU it is "highest". On a CPU "medium" makes PyTorch call
     oneDNN in place of MKL: twice as fast on AMD processors and just as exact, but bfloat16 where
@@ -26,7 +30,17 @@ def use_matmul_precision(wanted: MatmulPrecision, device: torch.device) -> str:
             if _error_of_a_product() < _AS_GOOD_AS_FLOAT32:
                 chosen = "medium"
     torch.set_float32_matmul_precision(chosen)
+    torch.backends.cudnn.allow_tf32 = chosen != "highest"
     return chosen
+
+
+def float32_precision() -> dict[str, str]:
+    """What is set now, for results: the name for matrix products, and whether convolutions on a GPU
+    are computed in "ieee" float32 or may round their factors to "tf32"."""
+    return {
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "convolution_precision": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+    }
 
 
 def _error_of_a_product() -> float:

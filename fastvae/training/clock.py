@@ -1,71 +1,91 @@
 """How fast training goes."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
+from fastvae.training.readings import Mark
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of training, without its pauses."""
+
+    images: int
+    spans: list[tuple[Mark, Mark]] = field(default_factory=list)
+
+    def seconds(self) -> float:
+        """How long it took. Waits until the device has come to its end."""
+        return sum(end.since(begin) for begin, end in self.spans)
+
 
 class Clock:
-    """Images per second of training alone: no first step (it compiles), no evaluation."""
+    """Images per second of training alone: no first step (it compiles), no evaluation.
+
+    On a GPU it is the device that is timed, for which the host does not wait.
+    """
 
     def __init__(self, launched: float | None = None) -> None:
         """`launched`: when the program was started, as time.time() has it; now unless given."""
         self.launched = time.time() if launched is None else launched
         self.first_step_seconds: float | None = None
         """From the launch to the end of the first step."""
-        self.images = self.window_images = 0
+        self.images = 0
         self.seconds = 0.0
-        self.window_start = time.perf_counter()
+        self._device = torch.device("cpu")
+        self._begun: Mark | None = None
+        self._spans: list[tuple[Mark, Mark]] = []
+        self._images = 0
 
     @staticmethod
     def now() -> float:
         return time.perf_counter()
 
     def first_step(self, device: torch.device) -> None:
-        """The first step has been taken."""
-        _synchronize(device)
+        """The first step has been taken. Waits for it."""
+        self._device = device
+        Mark(device).wait()
         self.first_step_seconds = time.time() - self.launched
-        self.window_start = time.perf_counter()
+        self._begun = Mark(device)
 
     def count(self, images: int) -> None:
         """So many images more, after the first step."""
-        self.window_images += images
+        self._images += images
 
-    def window(self) -> float:
-        """Seconds since `rate` was last asked."""
-        return time.perf_counter() - self.window_start
+    def window(self) -> Window:
+        """What there was since the last call."""
+        self._pause()
+        window = Window(self._images, self._spans)
+        self._images, self._spans = 0, []
+        self._go_on()
+        return window
 
-    def rate(self) -> float:
-        """Images per second since the last call, to be asked when the host has just waited."""
-        now = time.perf_counter()
-        seconds, images = now - self.window_start, self.window_images
+    def rate(self, window: Window) -> float:
+        """Images per second in it, which counts towards `overall` now. Waits for its end."""
+        seconds = window.seconds()
         self.seconds += seconds
-        self.images += images
-        self.window_start, self.window_images = now, 0
-        return round(images / seconds, 1) if images else 0.0
+        self.images += window.images
+        return round(window.images / seconds, 1) if window.images else 0.0
 
     def overall(self) -> float:
         return round(self.images / self.seconds, 1) if self.images else 0.0
 
-    def paused(self, device: torch.device) -> "_Pause":
-        return _Pause(self, device)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the device does inside does not count."""
+        self._pause()
+        try:
+            yield
+        finally:
+            self._go_on()
 
+    def _pause(self) -> None:
+        if self._begun is not None:
+            self._spans.append((self._begun, Mark(self._device)))
 
-class _Pause:
-    """Leaves what happens inside out of a clock."""
-
-    def __init__(self, clock: Clock, device: torch.device) -> None:
-        self.clock, self.device = clock, device
-
-    def __enter__(self) -> None:
-        _synchronize(self.device)
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        _synchronize(self.device)
-        self.clock.window_start += time.perf_counter() - self.start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def _go_on(self) -> None:
+        if self._begun is not None:
+            self._begun = Mark(self._device)

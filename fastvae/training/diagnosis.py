@@ -17,13 +17,14 @@ REPORT = "bad-steps.json"
 MOST_ROWS = 512
 
 
-def report_bad_steps(run: Path, updates: Updates, together: Together, count: int) -> str:
-    """Write `bad-steps.json`, on the first process, of the last `count` steps, which were skipped;
-    say in a few words what it holds.
+def report_bad_steps(
+    run: Path, updates: Updates, together: Together, since: int, count: int
+) -> str:
+    """Write `bad-steps.json`, on the first process, of the `count` steps from step `since` (from 0)
+    on, which were skipped; say in a few words what it holds.
 
     The weights are those that the first of them met: its batch is computed again, row by row.
     """
-    since = updates.done - count
     rows: list[dict[str, Any]] = []
     statistics: dict[str, Any] = {}
     for cut in updates.rows:

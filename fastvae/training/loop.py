@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from fastvae import checkpoints, runs
 from fastvae.build import build_model, build_objective
@@ -21,12 +25,12 @@ from fastvae.compiler import keep_compiled_code
 from fastvae.config import Config, OptimizerConfig, differences, flat
 from fastvae.data import ImageSet, load_data
 from fastvae.errors import OneProcessError, UserError
-from fastvae.evaluation import Evaluation, evaluate, quantity_names
+from fastvae.evaluation import Evaluation, Evaluator, quantity_names
 from fastvae.files import write_whole
 from fastvae.models import Model
 from fastvae.noise import derived_seed
 from fastvae.parts.objectives import Objective
-from fastvae.precision import use_matmul_precision
+from fastvae.precision import float32_precision, use_matmul_precision
 from fastvae.results import write_results
 from fastvae.training.checkpoint import load_checkpoint
 from fastvae.training.clock import Clock
@@ -35,6 +39,7 @@ from fastvae.training.course import Counters, Course
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.interrupt import Interrupt
+from fastvae.training.launcher import obeyed
 from fastvae.training.log import RunLog
 from fastvae.training.muon import Muon, layer_weights
 from fastvae.training.plan import Plan
@@ -49,8 +54,8 @@ PATIENCE = timedelta(minutes=10)
 # What may change when a run is resumed; the rest would make it another run.
 RESUMABLE = {
     "output", "epochs", "max_steps", "mixed_precision", "matmul_precision", "compile",
-    "steps_per_launch", "log_every", "eval_every", "checkpoint_every", "tracker",
-    "gradient_accumulation_steps", "keep", "max_bad_steps", "data.data_dir", "data.download",
+    "steps_per_launch", "log_every", "eval_every", "checkpoint_every",
+    "checkpoint_minutes", "tracker", "gradient_accumulation_steps", "keep", "max_bad_steps", "data.data_dir", "data.download",
     "data.heldout_limit", "data.data_budget", "data.data_workers", "data.on_bad_sample",
 }  # fmt: skip
 
@@ -76,11 +81,12 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
         raise UserError(reason)
 
     # The processes, and what each takes of a batch.
+    config = obeyed(config)
     accelerator = _make_accelerator(config)
     device = accelerator.device
     if device.type == "cuda":  # on the default stream nothing can be captured
         torch.cuda.set_stream(torch.cuda.Stream(device))
-    matmul_precision = use_matmul_precision(config.matmul_precision, device)
+    use_matmul_precision(config.matmul_precision, device)
     together = Together(accelerator, PATIENCE)
     together.require_equal({**_settings(config), **runs.versions(), "code": runs.code()})
     _check_batch(config, accelerator.num_processes)
@@ -144,6 +150,7 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
         done=counters.step,
         compiled=compiled,
     )
+    evaluator = Evaluator(final_model, heldout_set, seed=config.seed, accelerator=accelerator)
     if accelerator.scaler is not None and "scaler" in kept:
         accelerator.scaler.load_state_dict(kept["scaler"])
 
@@ -171,7 +178,7 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
             plan,
             updates,
             final_model,
-            heldout_set,
+            evaluator,
             accelerator,
             together,
             log,
@@ -183,9 +190,9 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
             result = course.go(interrupt)
     log.close()
     if result is None:  # an earlier process ended between the last checkpoint and the results
-        result = evaluate(final_model, heldout_set, seed=config.seed, accelerator=accelerator)
+        result = evaluator()
     if accelerator.is_main_process:
-        circumstances = _circumstances(clock, accelerator, compiled, matmul_precision)
+        circumstances = _circumstances(clock, accelerator, compiled, updates)
         written = write_results(
             run, final_model, heldout_set, result, circumstances, seed=config.seed
         )
@@ -241,7 +248,10 @@ def _make_accelerator(config: Config) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # As a plugin: a number would give way to what the launcher's environment says.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps
+            ),
             log_with=None if config.tracker == "none" else config.tracker,
             # The trackers' folder is the run's, which is made once all else is known to be right.
             project_config=ProjectConfiguration(project_dir=".", logging_dir="."),
@@ -395,15 +405,16 @@ def _introduction(
 
 
 def _circumstances(
-    clock: Clock, accelerator: Accelerator, compiled: bool, matmul_precision: str
+    clock: Clock, accelerator: Accelerator, compiled: bool, updates: Updates
 ) -> dict[str, Any]:
     """The part of results.json that says how it was computed, not what."""
     return {
         "images_per_second": clock.overall(),
         "seconds_to_first_step": round(clock.first_step_seconds or 0.0, 2),
         "mixed_precision": accelerator.mixed_precision,
-        "matmul_precision": matmul_precision,
+        **float32_precision(),
         "compiled": compiled,
+        **({"replay": updates.replay.facts()} if updates.replay else {}),
         **runs.environment(accelerator.device, accelerator.num_processes),
     }
 

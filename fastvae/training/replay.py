@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+from fastvae.graphs import captured
 
 # Before a capture: what is compiled, cached or allocated at first use must have been.
 # DistributedDataParallel measures and rebuilds its buckets in its first steps.
@@ -27,14 +30,19 @@ class Replay:
     ) -> None:
         """`steps_per_launch`: None finds a number by measuring the first replays."""
         self.update = update
-        self.distributed = accelerator.num_processes > 1
-        self.plain_steps = PLAIN_STEPS_DISTRIBUTED if self.distributed else PLAIN_STEPS
+        distributed = accelerator.num_processes > 1
+        self.plain_steps = PLAIN_STEPS_DISTRIBUTED if distributed else PLAIN_STEPS
         self.steps_per_launch = steps_per_launch
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.problem = ""
         self.done = 0
         self.timed = 0
         self.began = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """For results: how many steps are launched at once, and why none is replayed, if so."""
+        found: dict[str, Any] = {"steps_per_launch": self.steps_per_launch}
+        return {**found, "problem": self.problem} if self.problem else found
 
     def size(self, steps: int) -> int:
         """How many of the next `steps` one call takes."""
@@ -54,22 +62,12 @@ class Replay:
         self.done += count
 
     def _capture(self, count: int) -> None:
-        # NCCL's watchdog looks at events from a thread of its own, which must not end a capture.
-        mode = "thread_local" if self.distributed else "global"
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, stream=torch.cuda.current_stream(), capture_error_mode=mode
-            ):
-                for _ in range(count):
-                    self.update()
-        except RuntimeError as error:
-            torch.cuda.synchronize()
+        graph, self.problem = captured(self.update, count)
+        if graph is None:
             self.graphs.clear()
             self.steps_per_launch = 1
-            self.problem = str(error).splitlines()[0]
-            return
-        self.graphs[count] = graph
+        else:
+            self.graphs[count] = graph
 
     def _choose(self) -> None:
         """Find `steps_per_launch` from the time that the first replays of one step take."""

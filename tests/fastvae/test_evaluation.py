@@ -1,12 +1,14 @@
 """Figures on held-out images: every image once, the same for the same model."""
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 from small_models import grey_set, make_vae, rough
 
 from fastvae import Bernoulli, Deterministic, Gaussian, NoPrior
-from fastvae.evaluation import Evaluation, evaluate, quantity_names
+from fastvae.evaluation import BrokenOff, Evaluation, Evaluator, evaluate, quantity_names
 from fastvae.noise import derived_seed
 
 SHAPE = (3, 5, 4)
@@ -21,6 +23,34 @@ def test_a_mean_over_images_whatever_the_batches(batch_size: int) -> None:
     assert found.nll == pytest.approx(terms.nll.double().mean().item(), rel=1e-6)
     assert found.kl == pytest.approx(terms.kl.double().mean().item(), rel=1e-6)
     assert found.elbo == -(found.nll + found.kl)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_again_and_again(labelled: bool) -> None:
+    """One evaluator follows the weights of its model, and ends where it is told to."""
+    images = grey_set(23, SHAPE)
+    if labelled:
+        images = replace(images, labels=torch.arange(23) % 3)
+    vae = rough(make_vae("mlp", SHAPE, num_classes=3 if labelled else 0))
+    evaluator = Evaluator(vae, images, seed=4, batch_size=6)
+    first = evaluator()
+    assert evaluator() == first == evaluate(vae, images, seed=4, batch_size=6)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(1.1)
+    assert evaluator() == evaluate(vae, images, seed=4, batch_size=6) != first
+    asked = iter([False, False, True])
+    with pytest.raises(BrokenOff):
+        evaluator(until=lambda: next(asked))
+    assert evaluator() == evaluate(vae, images, seed=4, batch_size=6)
+
+
+def test_large_images_come_in_small_batches() -> None:
+    """A batch of 500 photographs would not fit where training does."""
+    vae = make_vae("mlp", (3, 512, 512))
+    evaluator = Evaluator(vae, grey_set(7, (3, 512, 512)), seed=0)
+    assert (evaluator.batches, evaluator.rows) == (2, 4)
+    assert evaluator().images == 7
 
 
 def test_units() -> None:

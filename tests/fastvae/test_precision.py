@@ -6,22 +6,45 @@ import pytest
 import torch
 
 from fastvae import precision
-from fastvae.precision import use_matmul_precision
+from fastvae.precision import float32_precision, use_matmul_precision
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def unchanged() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @pytest.mark.parametrize("wanted", ["highest", "high", "medium"])
 def test_what_is_asked_for_is_set(wanted: str) -> None:
     assert use_matmul_precision(wanted, CPU) == wanted  # type: ignore[arg-type]
     assert torch.get_float32_matmul_precision() == wanted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "convolutions"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]
+)
+def test_convolutions_follow_the_products(wanted: str, convolutions: str) -> None:
+    torch.backends.cudnn.allow_tf32 = wanted == "highest"  # the contrary of what must become of it
+    use_matmul_precision(wanted, torch.device("cuda"))  # type: ignore[arg-type]
+    assert torch.backends.cudnn.allow_tf32 == (convolutions == "tf32")
+    assert float32_precision() == {
+        "matmul_precision": wanted,
+        "convolution_precision": convolutions,
+    }
+
+
+@pytest.mark.parametrize("wanted", ["auto", "highest"])
+def test_convolutions_on_a_cpu_are_exact(wanted: str) -> None:
+    use_matmul_precision(wanted, CPU)  # type: ignore[arg-type]
+    x, w = torch.randn(4, 16, 12, 12), torch.randn(32, 16, 3, 3)
+    truth = torch.conv2d(x.double(), w.double())
+    error = (torch.conv2d(x, w) - truth).square().mean().sqrt() / truth.square().mean().sqrt()
+    assert error < 2e-6
 
 
 def test_auto_on_a_cpu_is_exact() -> None:

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from conftest import Trained
+from running import metrics, train
 
 from fastvae.training import log as log_module
+from fastvae.training.course import Course, Line
 from fastvae.training.log import RunLog
 
 
@@ -82,3 +85,34 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         Accelerator(cpu=True), tmp_path, bound="elbo", start_step=10, last_line=10, total_steps=20
     ).close()
     assert file.read_text() == '{"step": 5}\n{"step": 10}\n'
+
+
+def test_lines_that_are_written_later_are_the_same(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: each line while the steps after it are under way."""
+    monkeypatch.setattr(Course, "_lines_may_wait", lambda self: True)
+    delays = []
+    write = Course._write
+
+    def noting(self: Course, line: Line) -> None:
+        delays.append(self.updates.done - line.step)
+        write(self, line)
+
+    monkeypatch.setattr(Course, "_write", noting)
+    run = train(output=tmp_path / "run")
+    assert metrics(run) == metrics(trained.run)
+    assert max(delays) >= 6  # the steps to the next line, or to an evaluation
+    assert delays[-1] == 0
+
+
+def test_a_run_that_diverges_says_so_later_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Course, "_lines_may_wait", lambda self: True)
+    with pytest.raises(SystemExit):
+        train("--learning-rate", "1e30", "--max-bad-steps", "7", output=tmp_path / "run")
+    told = capsys.readouterr().err
+    assert "had a loss or gradient that is not finite" in told
+    report = json.loads((tmp_path / "run/bad-steps.json").read_text())
+    assert report["steps_in_a_row"] >= 7

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import TINY, train
+import torch
+from running import TINY, train, weights
 
 from fastvae import checkpoints
 from fastvae.cli import main
@@ -89,3 +90,22 @@ def test_the_next_step_hears_that_one_failed(
     assert "the checkpoint of step 26 could not be written" in said
     assert "No space left on device; the one of step 0 is untouched" in said
     assert len(taken) in (26, 27)  # before the next step, or in it
+
+
+def test_by_time_in_place_of_epochs(tmp_path: Path) -> None:
+    """Rarely: at the start and at the end alone. Often: in between as well, and it trains alike."""
+    kept = {}
+    for minutes in ("1000", "0.0005"):
+        run = train(*OFTEN, "--checkpoint-minutes", minutes, output=tmp_path / minutes)
+        kept[minutes] = [folder_step(folder) for folder in checkpoints.folders(run)]
+    assert kept["1000"] == [60, 0]
+    assert len(kept["0.0005"]) > 2
+    last = [weights(tmp_path / minutes) for minutes in kept]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+def test_by_time_a_mistake_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *TINY, "--checkpoint-minutes", "0", "--output", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert "--checkpoint-minutes must be positive, got 0.0" in capsys.readouterr().err
