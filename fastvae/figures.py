@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from fastvae_kernels import uniform
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from fastvae.errors import UserError
 
@@ -47,7 +46,7 @@ BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "0.72"
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """Write images `[N, C, H, W]` (float in [0, 1], clipped) as a PNG grid."""
-    _write_image(make_grid(_enlarged(images), nrow=columns, padding=2, pad_value=0.5), path)
+    _write_image(_grid(_enlarged(images), nrow=columns, padding=2, pad_value=0.5), path)
 
 
 def save_pairs(originals: Tensor, reconstructions: Tensor, path: Path, columns: int = 8) -> None:
@@ -138,7 +137,7 @@ def save_manifold(decode: Decode, path: Path, side: int = 20) -> None:
     share = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     at = torch.special.ndtri(share).float()
     z = torch.stack([at.expand(side, side), at.flip(0)[:, None].expand(side, side)], dim=2)
-    _write_image(make_grid(_enlarged(decode(z.flatten(0, 1))), nrow=side, padding=0), path)
+    _write_image(_grid(_enlarged(decode(z.flatten(0, 1))), nrow=side, padding=0), path)
 
 
 # --------------------------------------------------------------------------------- the latents
@@ -468,7 +467,7 @@ def _enlarged(images: Tensor) -> Tensor:
 
 def _write_image(image: Tensor, path: Path) -> None:
     try:
-        save_image(image, path)
+        _torchvision_utils().save_image(image, path)
     except (OSError, ValueError) as error:  # a folder, or an ending that is no format
         raise UserError(f"cannot write {path}: {error}") from error
 
@@ -482,7 +481,7 @@ def _save_rows(
 ) -> None:
     """Write images `[R, n, C, H, W]` as a grid with a label at each row, and above each column."""
     tiles = _enlarged(images.flatten(0, 1))
-    grid = make_grid(tiles, nrow=images.shape[1], padding=2, pad_value=1.0)
+    grid = _grid(tiles, nrow=images.shape[1], padding=2, pad_value=1.0)
     height, width = tiles.shape[-2] + 2, tiles.shape[-1] + 2
     # The image fills its figure exactly, so that no pixel is resampled; labels lie outside.
     figure = _pyplot().figure(figsize=(grid.shape[2] / DPI, grid.shape[1] / DPI))
@@ -523,3 +522,14 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def _torchvision_utils() -> Any:
+    """Imported late: torchvision brings half of PyTorch's compiler along, seconds of import."""
+    import torchvision.utils
+
+    return torchvision.utils
+
+
+def _grid(images: Tensor, **settings: Any) -> Tensor:
+    return _torchvision_utils().make_grid(images, **settings)

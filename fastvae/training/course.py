@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 
 from fastvae.config import Config
-from fastvae.data import ImageSet
 from fastvae.errors import Stopped, UserError
 from fastvae.evaluation import BrokenOff, Evaluation, Evaluator, quantity_names
 from fastvae.models import Model
@@ -211,8 +210,8 @@ class Course:
         """Ask the other processes, from time to time: stop if one of them was told to, or failed to
         keep a checkpoint. Returns whether the first finds a checkpoint overdue."""
         done = self.updates.done
-        is_early = self.asked < done < min(
-            self.asked + self._steps_between_words(), self.plan.steps
+        is_early = (
+            self.asked < done < min(self.asked + self._steps_between_words(), self.plan.steps)
         )
         if self.together.world > 1 and is_early and self.said:
             return False

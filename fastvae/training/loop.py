@@ -54,9 +54,9 @@ PATIENCE = timedelta(minutes=10)
 # What may change when a run is resumed; the rest would make it another run.
 RESUMABLE = {
     "output", "epochs", "max_steps", "mixed_precision", "matmul_precision", "compile",
-    "steps_per_launch", "log_every", "eval_every", "checkpoint_every",
-    "checkpoint_minutes", "tracker", "gradient_accumulation_steps", "keep", "max_bad_steps", "data.data_dir", "data.download",
-    "data.heldout_limit", "data.data_budget", "data.data_workers", "data.on_bad_sample",
+    "steps_per_launch", "log_every", "eval_every", "checkpoint_every", "checkpoint_minutes",
+    "tracker", "gradient_accumulation_steps", "keep", "max_bad_steps", "data.data_dir",
+    "data.download", "data.heldout_limit", "data.data_budget", "data.data_workers", "data.on_bad_sample",
 }  # fmt: skip
 
 

@@ -95,7 +95,8 @@ def python(program: str) -> str:
 
 def test_importing_brings_little_along() -> None:
     """What only some commands need, or some machines have, is imported where it is needed."""
-    heavy = {*NOT_FOR_THE_MODEL, "datasets", "tqdm"}
+    # torchvision brings PyTorch's compiler: together seconds that every command would wait.
+    heavy = {*NOT_FOR_THE_MODEL, "datasets", "tqdm", "torch._dynamo"}
     program = f"""
 import sys, torch
 before = set(sys.modules)
@@ -105,7 +106,8 @@ print(*({heavy} & (set(sys.modules) - before)))
     assert python(program.replace("PACKAGE", "fastvae")).split() == []
     assert python(program.replace("PACKAGE", "fastvae_kernels")).split() == []
     brought = python(program.replace("PACKAGE", "fastvae.cli")).split()
-    assert not {"datasets", "matplotlib", "sklearn"} & set(brought)
+    late = {"datasets", "matplotlib", "pydantic", "sklearn", "torchvision", "torch._dynamo"}
+    assert not late & set(brought)
     program = "import fastvae_kernels, sys; print('fastvae' in sys.modules)"
     assert python(program) == "False\n"
 

@@ -60,8 +60,6 @@ def test_accumulation_by_the_launcher_is_the_flags(tmp_path: Path) -> None:
     asked = {"by": {ACCUMULATION: "3"}, "flag": {}}
     for name, environment in asked.items():
         flags = ["--gradient-accumulation-steps", "3"] if name == "flag" else []
-        done = fastvae(
-            "train", *TINY, *flags, "--output", name, folder=tmp_path, **environment
-        )
+        done = fastvae("train", *TINY, *flags, "--output", name, folder=tmp_path, **environment)
         assert done.returncode == 0, done.stderr
     assert results(tmp_path / "by")["heldout"] == results(tmp_path / "flag")["heldout"]
