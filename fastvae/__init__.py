@@ -6,6 +6,11 @@ vae = fastvae.VAE.from_pretrained("runs/digits-mlp")
 images = vae.sample(64, seed=0)
 """
 
+from fastvae.threads import let_waiting_threads_sleep
+
+let_waiting_threads_sleep()  # before anything loads PyTorch
+
+# ruff: noqa: E402
 from fastvae.batch import Batch
 from fastvae.bayes import BayesianNetwork
 from fastvae.errors import UserError

@@ -20,6 +20,7 @@ from fastvae.errors import UserError
 from fastvae.models import Model, load_pretrained
 from fastvae.parts.likelihoods import binarize
 from fastvae.precision import use_matmul_precision
+from fastvae.threads import waiting
 from fastvae.vae import VAE
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
@@ -156,6 +157,7 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
     hardware = {"device": device.type, "name": name, "processes": processes}
     if device.type == "cpu":
         hardware["threads"] = torch.get_num_threads()
+        hardware["threads_wait"] = waiting()
     return {"versions": versions(), "hardware": hardware}
 
 

@@ -56,7 +56,8 @@ RESUMABLE = {
     "output", "epochs", "max_steps", "mixed_precision", "matmul_precision", "compile",
     "steps_per_launch", "log_every", "eval_every", "checkpoint_every", "checkpoint_minutes",
     "tracker", "gradient_accumulation_steps", "keep", "max_bad_steps", "data.data_dir",
-    "data.download", "data.heldout_limit", "data.data_budget", "data.data_workers", "data.on_bad_sample",
+    "data.download", "data.heldout_limit", "data.data_budget", "data.data_workers",
+    "data.on_bad_sample",
 }  # fmt: skip
 
 

@@ -1,0 +1,26 @@
+"""How long a thread that waits for work keeps its core busy."""
+
+import os
+import sys
+from collections.abc import MutableMapping
+
+# GNU OpenMP's own 300,000 turns outlast the Python between two operations, which every thread but
+# one then spends at full load: heat for a machine of one's own, and for a shared one a step that
+# waits for threads which other programs have pushed aside.
+TURNS = 2000
+
+
+def let_waiting_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have GNU OpenMP's threads sleep after a short wait, unless the user has said how they wait.
+
+    Without effect once PyTorch is loaded, which reads the environment then.
+    """
+    said = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys()
+    if not said and "torch" not in sys.modules:
+        environment["GOMP_SPINCOUNT"] = str(TURNS)
+
+
+def waiting(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
+    """What the environment says of it, for results."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    return {name: environment[name] for name in names if name in environment}
