@@ -59,4 +59,4 @@ def test_the_run_says_why(
     assert results(run)["replay"] == {"steps_per_launch": 1, "problem": PROBLEM}
     assert metrics(run) == metrics(trained.run)
     assert failing_captures == [1]
-    assert PLAIN_STEPS < metrics(run)[-1]["step"]
+    assert metrics(run)[-1]["step"] > PLAIN_STEPS
