@@ -40,8 +40,9 @@ bench: $(READY)  ## throughput of each operator and of a training step
 bench-gpu: $(READY)  ## parity and every benchmark on a GPU, into bench/results/
 	$(BIN)/python bench/gpu.py $(ARGS)
 
-bench-peers: $(READY)  ## training beside pythae and others on a CPU, into docs/speed.md: an hour
+bench-peers: $(READY)  ## training beside pythae and others on a CPU, into docs/speed.md, and how threads wait: two hours
 	$(BIN)/python bench/peers.py $(ARGS)
+	$(BIN)/python bench/threads.py
 
 family: $(READY)  ## every system trained and evaluated, docs/family.md written: hours
 	$(BIN)/python bench/family.py $(ARGS)
