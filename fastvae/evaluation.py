@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastvae.batch import Batch
+from fastvae.compiler import compiled_or_not
 from fastvae.data import ImageSet
 from fastvae.graphs import captured
 from fastvae.hardware import fits_on
@@ -107,7 +108,7 @@ class Evaluator:
         compiled: bool = False,
     ) -> None:
         """`batch_size`: as many images as hold MOST_VALUES values, at most MOST_IMAGES, unless
-        given. `compiled`: what is evaluated is worth compiling."""
+        given. `compiled`: if there is a compiler that can."""
         self.model, self.heldout, self.accelerator = model, heldout, accelerator
         self.device = next(model.parameters()).device
         rank, world = 0, 1
@@ -127,7 +128,9 @@ class Evaluator:
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._terms: Callable[[Batch, Tensor], Tensor] = self._sums
         if compiled:
-            self._terms = torch.compile(self._sums, dynamic=False)
+            self._terms = compiled_or_not(
+                self._sums, lambda why: _log.warning("evaluations are not compiled: %s", why)
+            )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.evaluations = 0
 
@@ -183,7 +186,7 @@ class Evaluator:
         if self.graph is None and self.evaluations == 1:
             self.graph, problem = captured(self._take)
             if problem:
-                _log.debug("evaluations are not replayed: %s", problem)
+                _log.warning("evaluations are not replayed: %s", problem)
         return self.graph.replay if self.graph else self._take
 
     def _evaluation(self, nll: float, kl: float) -> Evaluation:

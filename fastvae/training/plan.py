@@ -32,6 +32,10 @@ class Plan:
     def is_evaluation_due(self, done: int, config: Config) -> bool:
         return done == self.steps or self._crosses(done, config.eval_every)
 
+    def evaluations(self, config: Config) -> int:
+        """How many evaluations the whole run makes."""
+        return int(self.epoch(self.steps) / config.eval_every) + 1
+
     def is_checkpoint_due(self, done: int, config: Config) -> bool:
         return done == self.steps or self._crosses(done, config.checkpoint_every)
 

@@ -45,6 +45,32 @@ def test_again_and_again(labelled: bool) -> None:
     assert evaluator() == evaluate(vae, images, seed=4, batch_size=6)
 
 
+@pytest.mark.slow
+def test_compiled_figures_agree() -> None:
+    vae, images = rough(make_vae("mlp", SHAPE)), grey_set(23, SHAPE)
+    plain = evaluate(vae, images, seed=4, batch_size=6)
+    compiled = Evaluator(vae, images, seed=4, batch_size=6, compiled=True)
+    for found in (compiled(), compiled()):
+        assert found.nll == pytest.approx(plain.nll, rel=1e-5)
+        assert found.kl == pytest.approx(plain.kl, rel=1e-5)
+
+
+def test_what_cannot_be_compiled_is_evaluated_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(function: object, **settings: object) -> object:
+        def call(*arguments: object) -> None:
+            raise RuntimeError("no compiler\nmany more lines")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    vae, images = rough(make_vae("mlp", SHAPE)), grey_set(23, SHAPE)
+    evaluator = Evaluator(vae, images, seed=4, batch_size=6, compiled=True)
+    assert evaluator() == evaluator() == evaluate(vae, images, seed=4, batch_size=6)
+    assert [r.getMessage() for r in caplog.records] == ["evaluations are not compiled: no compiler"]
+
+
 def test_large_images_come_in_small_batches() -> None:
     """A batch of 500 photographs would not fit where training does."""
     vae = make_vae("mlp", (3, 512, 512))
