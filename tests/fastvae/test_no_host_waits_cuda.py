@@ -13,6 +13,7 @@ from step_cases import digit_like_images, make_accelerator, make_updates
 from step_speed import side_stream
 
 from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
+from fastvae.training.readings import Reading
 from fastvae.training.updates import Updates
 
 pytestmark = [
@@ -77,6 +78,21 @@ def test_the_host_never_waits(name: str, replayed: bool) -> None:
 @pytest.mark.parametrize("replayed", [True, False], ids=["replayed", "launched"])
 def test_nor_when_compiled(replayed: bool) -> None:
     assert_no_wait(warm(PLAIN, compiled=True, replayed=replayed))
+
+
+def test_nor_for_the_numbers_of_a_line() -> None:
+    updates = warm(PLAIN, compiled=False, replayed=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        readings = []
+        for _ in range(3):
+            updates.advance(10)
+            readings.append(Reading(updates.sums))
+            updates.sums.zero_()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(reading.get()[0] > 0 for reading in readings)
 
 
 def test_a_wait_is_seen_and_named() -> None:

@@ -13,6 +13,8 @@ from step_speed import side_stream
 from torch import Tensor
 
 from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
+from fastvae.data import ImageSet
+from fastvae.evaluation import Evaluator, evaluate
 from fastvae.training.updates import Updates
 
 pytestmark = [
@@ -96,3 +98,23 @@ def test_how_many_are_launched_at_once_changes_nothing(steps: int | None) -> Non
     if steps:
         assert set(several.replay.graphs) == {1, 8}
     assert_equal(several, one)
+
+
+@pytest.mark.parametrize("name", ["plain", "optimal variance", "convolutions"])
+def test_replayed_evaluations_are_plain_evaluations(name: str) -> None:
+    """In between steps that change the weights in place; the last batch is not full."""
+    images = digit_like_images(IMAGES, torch.device("cuda"))
+    config = CONFIGS[name]
+    updates = make_updates(
+        config, images, make_accelerator(config, images.device), compiled=False, replayed=True
+    )
+    heldout = ImageSet(images[:101].cpu(), None, "held out")
+    evaluator = Evaluator(updates.model, heldout, seed=0, batch_size=20)
+    found = []
+    for _ in range(3):
+        updates.advance(30)
+        found.append(evaluator())
+        plain = evaluate(updates.model, heldout, seed=0, batch_size=20)
+        assert (found[-1].nll, found[-1].kl) == (plain.nll, plain.kl)
+    assert evaluator.graph is not None
+    assert found[0] != found[2]
