@@ -49,7 +49,7 @@ def uniform(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
         from fastvae_kernels.triton_kernels.noise import uniform
 
         return uniform(rows, columns, seed, offset)
-    return philox.row_uniforms(rows, columns, seed, offset)
+    return philox.row_uniforms(rows, columns, seed, offset).contiguous()
 
 
 @torch.library.custom_op("fastvae::normal", mutates_args=())
@@ -59,7 +59,7 @@ def normal(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
         from fastvae_kernels.triton_kernels.noise import normal
 
         return normal(rows, columns, seed, offset)
-    return philox.row_normals(rows, columns, seed, offset)
+    return philox.row_normals(rows, columns, seed, offset).contiguous()
 
 
 def _draws_in_triton(seed: Tensor, rows: int, columns: int) -> bool:

@@ -92,14 +92,14 @@ def cut(rows: int, columns: int) -> tuple[int, dict[str, int]]:
     """How many programs of one tile each `[rows, columns]` takes, and the tile's constants.
 
     No sums hold a row together here, so that of the widths from 64 to TILE the one that idles the
-    fewest lanes can be taken: 64 for rows of 784, which fill 94 % of them, and not 1024.
+    fewest lanes can be taken: 64 for rows of 784, which fill 94 % of them, and not 1024. Where
+    rows are too few for that, a tile is as wide as it needs to be.
     """
-    widths = [4 << i for i in range((TILE // 4).bit_length())]
-    enough = next((width for width in widths if width >= columns), TILE)
-    block_c = min(
-        (width for width in reversed(widths) if min(64, enough) <= width <= enough),
-        key=lambda width: -(-columns // width) * width,
-    )
-    block_r = min(TILE // block_c, 1 << (rows - 1).bit_length())
+    most_rows = 1 << (rows - 1).bit_length()
+    most = min(TILE, max(4, 1 << (columns - 1).bit_length()))
+    least = min(most, max(64, TILE // most_rows))
+    widths = (most >> i for i in range(most.bit_length()) if most >> i >= least)
+    block_c = min(widths, key=lambda width: -(-columns // width) * width)  # the widest of equals
+    block_r = min(TILE // block_c, most_rows)
     programs = -(-rows // block_r) * -(-columns // block_c)
     return programs, {"BLOCK_R": block_r, "BLOCK_C": block_c}
