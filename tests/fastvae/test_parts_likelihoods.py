@@ -92,7 +92,7 @@ def plane(reach: float, cells: int) -> tuple[Tensor, float]:
 def test_gaussian_density_integrates_to_one(variance: float) -> None:
     points, area = plane(8 * math.sqrt(variance), 400)
     mean = torch.tensor([0.3, 0.9], dtype=torch.float64).view(1, 1, 1, 2).expand_as(points)
-    density = torch.exp(-Gaussian(variance).nll(mean, points).double())
+    density = torch.exp(-Gaussian(variance).double().nll(mean, points))
     assert abs(density.sum().item() * area - 1) < 1e-6
 
 

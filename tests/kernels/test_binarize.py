@@ -234,6 +234,21 @@ def test_no_gradient(device):
 
 @pytest.mark.skipif(INTERPRETING, reason="Triton's interpreter compiles nothing")
 @pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
+@pytest.mark.parametrize("ones", [("D", "images_stride_b", "images_stride_d"), ("B", "N")], ids=str)
+def test_sizes_of_one_compile(ones):
+    """Triton makes a constant of a 1, which the interpreter does not."""
+    constants = {"WHITE": 1.0, "images_stride_d": 1, "BLOCK_R": 4, "BLOCK_C": 4}
+    constants |= dict.fromkeys(ones, 1)
+    pointers = {**SCALARS, "images_ND": "*fp64", "indices_B": "*i64"}
+    assert compile_ahead("binarize", "binarize_kernel", constants, pointers, 90).asm["cubin"]
+    constants = {"BLOCK_R": 4, "BLOCK_C": 4, **dict.fromkeys(ones, 1)}
+    for is_normal in (False, True):
+        kernel = {**constants, "IS_NORMAL": is_normal}
+        assert compile_ahead("noise", "noise_kernel", kernel, SCALARS, 90).asm["cubin"]
+
+
+@pytest.mark.skipif(INTERPRETING, reason="Triton's interpreter compiles nothing")
+@pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
 @pytest.mark.parametrize(
     ("columns", "architecture"), [(64, 90), (784, 80), (784, 90), (784, 100), (4096, 90)]
 )
