@@ -111,6 +111,13 @@ def _variances(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return *_with_bytes(rows, columns, dtype, device), _values(rows, columns, dtype, device)
 
 
+def _data_set(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """Of as many rows as are chosen of it, in another order."""
+    images = torch.randint(256, (rows, columns), dtype=torch.uint8, device=device)
+    seed, offset = (torch.tensor(n, device=device) for n in (SEED, OFFSET))
+    return images, seed, offset, torch.randperm(rows, device=device)
+
+
 def _place(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
     """Nothing is read but a shape."""
     seed, offset = (torch.tensor(n, device=device) for n in (SEED, OFFSET))
@@ -225,6 +232,14 @@ def _unit_interval(target: Tensor) -> Tensor:
     return target.float() / 255 if target.dtype == torch.uint8 else target.float()
 
 
+def _fastvae_binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor) -> Tensors:
+    return (kernels.binarize(images, seed, offset=offset, indices=indices),)
+
+
+def _pytorch_binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor) -> Tensors:
+    return (torch.bernoulli(images.index_select(0, indices).float() / 255),)
+
+
 def _fastvae_normal(place: Tensor, seed: Tensor, offset: Tensor) -> Tensors:
     shape = (place.shape[0], place.shape[1])
     return (kernels.normal(shape, seed, offset=offset, device=place.device),)
@@ -337,6 +352,17 @@ OPS = (
         _pytorch_gaussian_nll,
         forward=Bytes(items=2, single=1),  # mean, target, logvar → nll
         backward=Bytes(items=4, single=1),  # and grad_nll → grad_mean, grad_logvar
+    ),
+    Op(
+        "binarize, uint8 through indices",
+        _data_set,
+        _fastvae_binarize,
+        _pytorch_binarize,
+        forward=Bytes(items=1, single=1, row=8),  # image, index → zeros and ones
+        backward=None,
+        is_random=True,
+        dtypes=(torch.float32,),
+        sizes=PIXELS,
     ),
     Op(
         "normal",

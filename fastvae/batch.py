@@ -6,11 +6,29 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """B rows of a data set."""
+    """B rows of a data set: gathered already, or to be gathered by whoever reads them."""
 
-    x: Tensor
-    """`[B, C, H, W]` uint8, or floating in [0, 1], as stored."""
+    images: Tensor
+    """`[B, C, H, W]` uint8, or floating in [0, 1], as stored; with `chosen` a whole data set
+    `[N, C, H, W]`, where it lies."""
     labels: Tensor | None = None
     """int64 `[B]` classes or float32 `[B]` real targets, where the data have them."""
     indices: Tensor | None = None
     """int64 `[B]`: each row's place in the training set; None for all other data."""
+    chosen: Tensor | None = None
+    """int64 `[B]`: row b is number chosen[b] of `images`; None where these are the rows."""
+
+    @property
+    def x(self) -> Tensor:
+        """The rows as stored, `[B, C, H, W]`: a copy at every reading where they are `chosen`."""
+        return gathered(self.images, self.chosen)
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.images) if self.chosen is None else len(self.chosen)
+
+
+def gathered(data: Tensor, indices: Tensor | None) -> Tensor:
+    """The rows of `data` that indices choose; all of them without indices."""
+    return data if indices is None else data.index_select(0, indices)

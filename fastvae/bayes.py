@@ -145,7 +145,7 @@ class BayesianNetwork(
             impl=self.impl,
         )
         nll = self.likelihood.nll(self.outputs(batch.x, z.squeeze(1)), batch.labels)
-        return Terms(nll, (kl / self.dataset_size).expand(len(batch.x)))
+        return Terms(nll, (kl / self.dataset_size).expand(batch.rows))
 
     def outputs(self, x: Tensor, z: Tensor) -> Tensor:
         """What the network gives: `[B, C, H, W]`, weights `[S, P]` → `[S, B, num_outputs]`."""

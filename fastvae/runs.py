@@ -18,7 +18,6 @@ from fastvae.config import Config, from_json
 from fastvae.data import DataConfig, ImageSet
 from fastvae.errors import UserError
 from fastvae.models import Model, load_pretrained
-from fastvae.parts.likelihoods import binarize
 from fastvae.precision import use_matmul_precision
 from fastvae.threads import waiting
 from fastvae.vae import VAE
@@ -127,7 +126,7 @@ def prepare(images: ImageSet, config: Config) -> ImageSet:
             "the --data-budget: raise it, or take --binarize dynamic"
         )
     seed = noise.derived_seed("static binarisation", config.seed, images.name)
-    drawn = (binarize(images.images, seed, 0) * 255).to(torch.uint8)
+    drawn = (fastvae_kernels.binarize(images.images, seed) * 255).to(torch.uint8)
     return replace(images, images=drawn)
 
 

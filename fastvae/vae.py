@@ -155,7 +155,8 @@ class VAE(
 
     def infer(self, batch: Batch, seed: int | Tensor, offset: int | Tensor = 0) -> "Inferred":
         """The statistics of q for a batch, and the values and classes they were found for."""
-        x = self.likelihood.observe(batch.x, streams.stream(seed, streams.OBSERVE), offset)
+        observe_seed = streams.stream(seed, streams.OBSERVE)
+        x = self.likelihood.observe(batch.images, observe_seed, offset, batch.chosen)
         condition = self.condition(batch.labels)
         start = self._statistics(x, condition, batch.indices)
         if self.refinement is None or (self.reads_index and batch.indices is not None):

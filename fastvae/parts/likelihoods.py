@@ -12,6 +12,7 @@ import torch
 from fastvae_kernels import (
     Impl,
     bernoulli_nll,
+    binarize,
     gaussian_nll,
     logistic_mixture_channels,
     logistic_mixture_mean,
@@ -23,6 +24,7 @@ from fastvae_kernels import (
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from fastvae.batch import gathered
 from fastvae.errors import UserError
 from fastvae.parts.networks import pixels
 from fastvae.parts.ranks import mean_over_ranks
@@ -44,8 +46,16 @@ class Likelihood(Protocol):
     def parameter_channels(self, image_channels: int) -> int:
         """P: how many channels the decoder gives."""
 
-    def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
-        """Stored images (uint8, or floating in [0, 1]) as the values modelled, float32."""
+    def observe(
+        self,
+        x: Tensor,
+        seed: int | Tensor,
+        offset: int | Tensor,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Stored images (uint8, or floating in [0, 1]) as the values modelled, float32.
+
+        With `indices` int64 `[B]`, x is a data set `[N, C, H, W]` and row b number indices[b]."""
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl) -> Tensor:
         """−log p(x | z), `[B]` in nats."""
@@ -86,9 +96,17 @@ class Bernoulli(nn.Module):
         each pixel's mean (Burda et al. 2016, in their code)."""
         return torch.logit(pixels(images).mean(0), eps=1e-3)
 
-    def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
+    def observe(
+        self,
+        x: Tensor,
+        seed: int | Tensor,
+        offset: int | Tensor,
+        indices: Tensor | None = None,
+    ) -> Tensor:
         """Zeros and ones if binarised dynamically, else the pixels in [0, 1]."""
-        return binarize(x, seed, offset) if self.binarize == "dynamic" else pixels(x)
+        if self.binarize == "dynamic":
+            return binarize(x, seed, offset=offset, indices=indices)
+        return pixels(gathered(x, indices))
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """Σ softplus(logit) − logit·x, `[B]` nats."""
@@ -133,9 +151,15 @@ class Gaussian(nn.Module):
         """A mean for each value."""
         return image_channels
 
-    def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
+    def observe(
+        self,
+        x: Tensor,
+        seed: int | Tensor,
+        offset: int | Tensor,
+        indices: Tensor | None = None,
+    ) -> Tensor:
         """The pixels in [0, 1]."""
-        return pixels(x)
+        return pixels(gathered(x, indices))
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
@@ -176,9 +200,15 @@ class GaussianPerPixel(nn.Module):
         """A mean and a log-variance for each value."""
         return 2 * image_channels
 
-    def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
+    def observe(
+        self,
+        x: Tensor,
+        seed: int | Tensor,
+        offset: int | Tensor,
+        indices: Tensor | None = None,
+    ) -> Tensor:
         """The pixels in [0, 1]."""
-        return pixels(x)
+        return pixels(gathered(x, indices))
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
@@ -223,9 +253,15 @@ class GaussianOptimal(nn.Module):
         """A mean for each value."""
         return image_channels
 
-    def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
+    def observe(
+        self,
+        x: Tensor,
+        seed: int | Tensor,
+        offset: int | Tensor,
+        indices: Tensor | None = None,
+    ) -> Tensor:
         """The pixels in [0, 1]."""
-        return pixels(x)
+        return pixels(gathered(x, indices))
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
@@ -233,7 +269,8 @@ class GaussianOptimal(nn.Module):
             return gaussian_nll(
                 parameters, x, self.logvar, row_weight=_mean_weight(parameters), impl=impl
             )
-        error = mean_over_ranks((parameters.detach().float() - pixels(x)).square().mean())
+        means = parameters.detach().to(torch.promote_types(parameters.dtype, torch.float32))
+        error = mean_over_ranks((means - pixels(x)).square().mean())
         # Images that are met exactly would make σ² 0: half a pixel's step is as fine as they are.
         logvar = error.clamp(min=(0.5 / 255) ** 2).log()
         with torch.no_grad():
@@ -281,9 +318,15 @@ class Categorical(nn.Module):
         counts = [(level == k).sum(0) + 1.0 for k in range(self.levels)]
         return torch.cat(counts).log() - math.log(len(images) + self.levels)
 
-    def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
+    def observe(
+        self,
+        x: Tensor,
+        seed: int | Tensor,
+        offset: int | Tensor,
+        indices: Tensor | None = None,
+    ) -> Tensor:
         """The level of each pixel, scaled to [0, 1]."""
-        return quantize(x, self.levels)
+        return quantize(gathered(x, indices), self.levels)
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """−Σ log softmax(logits)[level], `[B]` nats; `x` in [0, 1] is read as its nearest level."""
@@ -352,9 +395,15 @@ class LogisticMixture(nn.Module):
             start[2 + 2 * c] = (spread / self.mixtures).log()
         return start.view(-1, 1, 1).expand(-1, height, width)
 
-    def observe(self, x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
+    def observe(
+        self,
+        x: Tensor,
+        seed: int | Tensor,
+        offset: int | Tensor,
+        indices: Tensor | None = None,
+    ) -> Tensor:
         """The pixels in [0, 1]."""
-        return pixels(x)
+        return pixels(gathered(x, indices))
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """−Σ log Σ_m π_m p_m(level), `[B]` nats; `x` in [0, 1] is read as its nearest level."""
@@ -390,18 +439,6 @@ def level_of(x: Tensor, levels: int) -> Tensor:
 def quantize(x: Tensor, levels: int) -> Tensor:
     """The level of each pixel, scaled to [0, 1]: see `level_of`."""
     return level_of(x, levels) / (levels - 1)
-
-
-def binarize(x: Tensor, seed: int | Tensor, offset: int | Tensor) -> Tensor:
-    """Zeros and ones, 1 with the pixel's probability: uint8 or floating `[B, …]` → float32.
-
-    Row b is a function of (seed, offset + b) alone.
-    """
-    draws = uniform(tuple(x.shape), seed, offset=offset, device=x.device)
-    # Compared as floats: 0 is never and 255 (or 1.0) always white, since the draws stay below 1.
-    if x.dtype == torch.uint8:
-        return (draws * 255.0 < x.float()).float()
-    return (draws < pixels(x)).float()
 
 
 def _mean_weight(parameters: Tensor) -> float:

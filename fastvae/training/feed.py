@@ -19,8 +19,9 @@ class Feed:
     """Hands out the rows at given positions.
 
     Where the images fit they live on the device, with the order of the epochs at hand: a batch is
-    one gather by places that the device computes. Otherwise they stay in the host's memory, or, if
-    they do not fit there either, encoded where they lie; a batch is copied through a pinned buffer.
+    places that the device computes, and whoever reads the images gathers them. Otherwise they stay
+    in the host's memory, or, if they do not fit there either, encoded where they lie; a batch is
+    copied through a pinned buffer.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class Feed:
             self.stream = Stream(stored, self.order, workers, pinned=device.type == "cuda")
         self.bad_samples = 0
         """Images that could not be read, here, since the last line: others took their places."""
-        # Epoch e lies in row e modulo their number.
+        # Epoch e lies in row e modulo their number, so that position p lies at p modulo all.
         epochs = 2 + samples_ahead // self.size if self.on_device else 0
         self.epochs = torch.empty(epochs, self.size, dtype=torch.int64, device=device)
+        self.ahead = torch.arange(samples_ahead if self.on_device else 0, device=device)
         self.held: list[int | None] = [None] * epochs
 
     def prepare(self, first: int, last: int) -> None:
@@ -59,18 +61,19 @@ class Feed:
                 self.held[row] = epoch
 
     def batch(self, position: Tensor, count: int) -> Batch:
-        """`count` rows as stored, their labels and their places in the set, on the device.
+        """`count` rows, their labels and their places in the set, on the device; not gathered yet.
 
         `position`: 0-d int64 on the device, that of the first; `prepare` has covered them all.
         """
-        positions = position + torch.arange(count, device=self.device)
-        epoch = torch.div(positions, self.size, rounding_mode="floor") % len(self.held)
-        index = self.epochs[epoch, positions % self.size]
+        assert count <= len(self.ahead), (count, len(self.ahead))
+        places = (position + self.ahead[:count]) % self.epochs.numel()
+        index = self.epochs.view(-1).index_select(0, places)
         labels = self.set.labels
         return Batch(
-            self.set.tensor.index_select(0, index),
+            self.set.tensor,
             None if labels is None else labels.index_select(0, index),
             index,
+            chosen=index,
         )
 
     def copied_batch(self, position: int, count: int) -> Batch:

@@ -38,7 +38,7 @@ class TrainingStep(nn.Module):
         """One part of a batch.
 
         Args:
-            batch: B rows as stored.
+            batch: B rows.
             position: 0-d int64, the number of rows that the run met before the first of them.
 
         Returns:
@@ -52,9 +52,9 @@ class TrainingStep(nn.Module):
     def losses(self, batch: Batch, position: Tensor) -> tuple[Tensor, Terms]:
         """The loss of each row `[B]`, and what it is made of."""
         if self.flip:
-            batch = batch._replace(x=mirrored(batch.x, self.seed, position))
+            batch = batch._replace(images=mirrored(batch.x, self.seed, position), chosen=None)
         terms = self.model(batch, self.seed, position, self.objective.num_samples)
-        positions = position + torch.arange(len(batch.x), device=batch.x.device)
+        positions = position + torch.arange(batch.rows, device=batch.images.device)
         return self.objective(terms, positions, self.seed), terms
 
 
@@ -67,8 +67,7 @@ def mirrored(x: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
 
 
 class FedStep(nn.Module):
-    """The same for data that live on the device: the position of `rows` rows in, which gathers
-    them too."""
+    """The same for data that live on the device: the position of `rows` rows in."""
 
     def __init__(self, step: TrainingStep, feed: Feed) -> None:
         super().__init__()

@@ -3,9 +3,21 @@
 `impl="auto"` takes the Triton kernel for tensors on a GPU and the plain PyTorch reference
 elsewhere, which torch.compile sees through and fuses with its neighbours. `"triton"` and `"torch"`
 force one of them.
+
+What does not belong together is refused here, before an implementation is chosen, and so alike by
+all of them: TypeError for a wrong kind (no dense tensor, a dtype), ValueError for a wrong shape,
+device or number. One rule holds for dtypes:
+
+- Parameters (mu, logvar and those of a prior; logits; mean and logvar) are float32, bfloat16 or
+  float16, in any mixture, and are computed with in float32; or all of them are float64 and are
+  computed with in float64, by the reference.
+- Data (targets, images) are uint8, bool or of those four, whatever the parameters are, and are
+  rounded to the precision of the computation.
+- Seed, offset and indices are int64.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Literal
 
@@ -17,6 +29,8 @@ from fastvae_kernels import ops, philox, reference
 Impl = Literal["auto", "triton", "torch"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATING_DTYPES = (*_KERNEL_DTYPES, torch.float64)
+_DATA_DTYPES = (torch.uint8, torch.bool, *_FLOATING_DTYPES)
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -39,8 +53,8 @@ def reparameterize_kl(
     `seed`, `offset + b`, d and s alone, and the backward pass draws it again instead of storing it.
 
     Args:
-        mu, logvar: `[B, …]`, one shape and device, any strides; float32, bfloat16 or float16
-            (float64 with the reference). Computed in float32 inside.
+        mu, logvar: `[B, …]`, one shape and device, any strides; float32, bfloat16 or float16, not
+            necessarily the same. Computed in float32 inside. Or both float64, with the reference.
         seed: an int in [-2^63, 2^63), or an int64 tensor of one element on `mu`'s device, which
             is never read by the host.
         offset: the global position of row 0, as `seed`. Pass a tensor where it changes from step
@@ -48,7 +62,8 @@ def reparameterize_kl(
         num_samples: None to draw z once, or S ≥ 1 to draw it S times; `mu` and `logvar` are read
             once for all. Sample 0 is what None draws.
         prior_mu, prior_logvar: both or neither: `[B, …]` like `mu`, any strides (one prior for all
-            rows is `prior_mu.expand_as(mu)`, which takes no memory), a dtype that `mu` may have.
+            rows is `prior_mu.expand_as(mu)`, which takes no memory); dtypes as there, float64
+            exactly where `mu` is.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -59,8 +74,7 @@ def reparameterize_kl(
         ValueError, TypeError: for shapes, dtypes, devices or an `impl` that do not fit.
     """
     _check_floating("mu", mu)
-    _check_floating("logvar", logvar)
-    _check_matches("logvar", logvar, "mu", mu)
+    _check_parameter("logvar", logvar, "mu", mu)
     _check_num_samples(num_samples)
     place = _int64_scalar("seed", seed, mu.device), _int64_scalar("offset", offset, mu.device)
     if prior_mu is None and prior_logvar is None:
@@ -72,8 +86,7 @@ def reparameterize_kl(
         given, missing = ("prior_mu", "prior_logvar")[:: -1 if prior_mu is None else 1]
         raise ValueError(f"{given} is given without {missing}; a prior needs both, or neither")
     for name, x in (("prior_mu", prior_mu), ("prior_logvar", prior_logvar)):
-        _check_floating(name, x)
-        _check_matches(name, x, "mu", mu)
+        _check_parameter(name, x, "mu", mu)
     mu, logvar, prior_mu, prior_logvar = _distinct(mu, logvar, prior_mu, prior_logvar)
     if _use_triton(impl, mu, logvar, prior_mu, prior_logvar):
         return ops.reparameterize_kl_prior(mu, logvar, prior_mu, prior_logvar, *place, num_samples)
@@ -179,7 +192,7 @@ def gaussian_nll(
         target: the same shape and device; uint8 (read as target / 255), bool, or floating. No
             gradient flows to it.
         logvar: log σ²: a float, a 0-d tensor (one variance, which may be learned), or a tensor
-            like `mean`.
+            of the shape of `mean`; a tensor is float64 exactly where `mean` is.
         indices, row_weight: as in `bernoulli_nll`; the gradient of a `logvar` like `mean` is
             written with that of `mean`.
         impl: "auto", "triton" or "torch".
@@ -195,14 +208,12 @@ def gaussian_nll(
     _check_target(target, "mean", mean, indices)
     _check_row_weight(row_weight)
     if isinstance(logvar, Tensor):
-        _check_floating("logvar", logvar)
-        if logvar.dim() > 0:
-            _check_matches("logvar", logvar, "mean", mean)
-        elif logvar.device != mean.device:
-            raise ValueError(f"logvar is on {logvar.device}, mean on {mean.device}")
-    else:
+        _check_parameter("logvar", logvar, "mean", mean, or_one=True)
+    elif isinstance(logvar, (float, int)) and not isinstance(logvar, bool):
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
         logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
+    else:
+        raise TypeError(f"logvar must be a float or a tensor, got {type(logvar).__name__}")
     mean, logvar = _distinct(mean, logvar)
     if not _use_triton(impl, mean, logvar):
         return reference.gaussian_nll(mean, target, logvar, indices)
@@ -212,48 +223,114 @@ def gaussian_nll(
 
 
 def normal(
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     seed: int | Tensor,
     *,
     offset: int | Tensor = 0,
     device: torch.device | str = "cpu",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Counter-based standard normals, float32: those that `reparameterize_kl` adds.
 
     Row b of `shape = (B, …)` depends on `seed`, `offset + b` and the place in the row alone.
+
+    Args:
+        shape: `(B, …)`, each size 0 or more.
+        seed, offset: as in `reparameterize_kl`; tensors lie on `device`.
+        device: where to draw.
+        impl: "auto", "triton" (one launch) or "torch".
+
+    Raises:
+        ValueError, TypeError: for a shape, a seed, an offset or an `impl` that do not fit.
     """
-    return _draw(philox.row_normals, shape, seed, offset, device)
+    return _draw(ops.normal, philox.row_normals, shape, seed, offset, device, impl)
 
 
 def uniform(
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     seed: int | Tensor,
     *,
     offset: int | Tensor = 0,
     device: torch.device | str = "cpu",
+    impl: Impl = "auto",
 ) -> Tensor:
-    """Counter-based uniforms on [0, 1), float32 multiples of 2^-24; otherwise as `normal`."""
-    return _draw(philox.row_uniforms, shape, seed, offset, device)
+    """Counter-based uniforms on [0, 1), float32 multiples of 2^-24; otherwise as `normal`.
+
+    Every implementation draws the same bits.
+    """
+    return _draw(ops.uniform, philox.row_uniforms, shape, seed, offset, device, impl)
 
 
-def _draw(draw, shape, seed, offset, device) -> Tensor:  # type: ignore[no-untyped-def]
-    if len(shape) == 0:
-        raise ValueError("shape needs a first dimension of rows, got ()")
+def _draw(
+    operator: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    shape: Sequence[int],
+    seed: int | Tensor,
+    offset: int | Tensor,
+    device: torch.device | str,
+    impl: Impl,
+) -> Tensor:
+    _check_shape(shape)
     device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors have it
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
     seed, offset = _int64_scalar("seed", seed, device), _int64_scalar("offset", offset, device)
-    return draw(shape[0], columns, seed, offset).view(shape)
+    draw = operator if _takes_triton(impl, device) else definition
+    return draw(shape[0], math.prod(shape[1:]), seed, offset).view(tuple(shape))
+
+
+def binarize(
+    images: Tensor,
+    seed: int | Tensor,
+    *,
+    offset: int | Tensor = 0,
+    indices: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Draw a zero or a one for each pixel, a one with the pixel's value as its probability.
+
+    The dynamic binarisation of Burda et al. 2016 (arXiv:1509.00519), section 5 and their code. The
+    draws are those of `uniform`: row b is a function of its image, `seed` and `offset + b` alone,
+    the same bits whatever the implementation. A black pixel is never drawn as 1, a white one
+    always.
+
+    Args:
+        images: `[B, …]`, any strides; uint8 (read as images / 255), bool, or floating in [0, 1],
+            which is not checked, since looking would stop a GPU. No gradient flows to it.
+        seed, offset: as in `reparameterize_kl`, on `images`' device.
+        indices: int64 `[B]`: `images` is then a data set `[N, …]`, of which row b is number
+            indices[b], read where it lies. An index outside of it raises IndexError on a CPU and
+            makes its row NaN on a GPU.
+        impl: "auto", "triton" (one launch: gathers, draws, compares) or "torch".
+
+    Returns:
+        `[B, …]` float32, zeros and ones.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or an `impl` that do not fit.
+    """
+    _check_data("images", images)
+    if images.dim() == 0:
+        raise ValueError("images needs a batch dimension, got a 0-d tensor")
+    if indices is not None:
+        _check_indices(indices, "images", images)
+    device = images.device
+    place = _int64_scalar("seed", seed, device), _int64_scalar("offset", offset, device)
+    if _takes_triton(impl, device):
+        return ops.binarize(images, *place, indices)
+    return reference.binarize(images, *place, indices)
 
 
 def _use_triton(impl: Impl, *tensors: Tensor) -> bool:
-    x = tensors[0]
-    supported = all(t.dtype in _KERNEL_DTYPES for t in tensors)
+    """For functions of parameters."""
+    return _takes_triton(impl, tensors[0].device, *(x.dtype for x in tensors))
+
+
+def _takes_triton(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether `impl` means the kernel, for parameters of these types."""
+    supported = all(dtype in _KERNEL_DTYPES for dtype in dtypes)
     if impl == "torch":
         return False
     if impl == "auto":
-        return x.is_cuda and _HAS_TRITON and supported
+        return device.type == "cuda" and _HAS_TRITON and supported
     if impl != "triton":
         raise ValueError(f'impl is "auto", "triton" or "torch", got {impl!r}')
     if not _HAS_TRITON:
@@ -261,11 +338,11 @@ def _use_triton(impl: Impl, *tensors: Tensor) -> bool:
     if not supported:
         raise TypeError(
             f'impl="triton" computes in float32 and takes float32, bfloat16 or float16, '
-            f'got {[str(t.dtype) for t in tensors]}; use impl="torch"'
+            f'got {[str(dtype) for dtype in dtypes]}; use impl="torch"'
         )
-    if not (x.is_cuda or ops.interpreting()):
+    if not (device.type == "cuda" or ops.interpreting()):
         raise ValueError(
-            f'impl="triton" needs tensors on a GPU, got {x.device}; use impl="auto" or "torch" '
+            f'impl="triton" needs tensors on a GPU, got {device}; use impl="auto" or "torch" '
             "(or set TRITON_INTERPRET=1 before Python starts, to test the kernels slowly)"
         )
     return True
@@ -289,11 +366,47 @@ def _check_num_samples(num_samples: int | None) -> None:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
 
 
-def _check_floating(name: str, x: Tensor) -> None:
+def _check_dense(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in (*_KERNEL_DTYPES, torch.float64):
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one; make it dense first")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    _check_dense(name, x)
+    if x.dtype not in _FLOATING_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}; "
+            f"convert it, for instance with {name}.float()"
+        )
+
+
+def _check_data(name: str, x: Tensor) -> None:
+    _check_dense(name, x)
+    if x.dtype not in _DATA_DTYPES:
+        raise TypeError(
+            f"{name} must be uint8, bool or floating, got {x.dtype}; pass bytes, which are read "
+            f"as {name} / 255, or float32, bfloat16, float16 or float64"
+        )
+    if x.requires_grad:
+        raise ValueError(f"{name} is data and gets no gradient here; pass {name}.detach()")
+
+
+def _check_parameter(
+    name: str, x: Tensor, other_name: str, other: Tensor, or_one: bool = False
+) -> None:
+    """`x` belongs to the parameter `other`, which is floating. `or_one`: it may be 0-d."""
+    _check_floating(name, x)
+    if not (or_one and x.dim() == 0):
+        _check_matches(name, x, other_name, other)
+    _check_device(name, x, other_name, other)
+    if (x.dtype == torch.float64) != (other.dtype == torch.float64):
+        raise TypeError(
+            f"{name} is {x.dtype}, {other_name} {other.dtype}; both must be float64, or neither: "
+            f"convert one of them, for instance with {name}.to({other_name}.dtype)"
+        )
 
 
 def _check_matches(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -304,8 +417,27 @@ def _check_matches(name: str, x: Tensor, other_name: str, other: Tensor) -> None
         )
     if x.dim() == 0:
         raise ValueError(f"{other_name} needs a batch dimension, got a 0-d tensor")
+    _check_device(name, x, other_name, other)
+
+
+def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
+        raise ValueError(
+            f"{name} is on {x.device}, {other_name} on {other.device}; "
+            f"move one of them, for instance with {name}.to({other_name}.device)"
+        )
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"shape must be a tuple of ints, got {type(shape).__name__}")
+    if len(shape) == 0:
+        raise ValueError("shape needs a first dimension of rows, got ()")
+    for size in shape:
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"shape must be a tuple of ints, got {type(size).__name__} in {shape}")
+        if size < 0:
+            raise ValueError(f"the sizes of shape must be 0 or more, got {tuple(shape)}")
 
 
 def _is_worth_foretelling(*tensors: Tensor) -> bool:
@@ -325,38 +457,41 @@ def _check_row_weight(row_weight: float | None) -> None:
         raise ValueError(f"row_weight must be finite, got {row_weight}")
 
 
-def _check_indices(indices: Tensor, target: Tensor, other_name: str, other: Tensor) -> None:
-    """`target` is a data set whose rows are as those of `other`."""
+def _check_indices(
+    indices: Tensor, name: str, data: Tensor, of: tuple[str, Tensor] | None = None
+) -> None:
+    """`indices` choose rows of the data set `data`: one for each row of `of`, where that is
+    given, as a name and a tensor."""
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices must be an int64 tensor, got {got}")
-    if other.dim() == 0:
-        raise ValueError(f"{other_name} needs a batch dimension, got a 0-d tensor")
-    if indices.shape != other.shape[:1]:
-        raise ValueError(
-            f"indices has shape {tuple(indices.shape)}; one for each row of {other_name} is "
-            f"{tuple(other.shape[:1])}"
-        )
-    if target.dim() == 0 or (len(target) == 0 and len(indices) > 0):
-        raise ValueError(f"target has shape {tuple(target.shape)}, and nothing to choose from")
-    for name, x in (("indices", indices), ("target", target)):
-        if x.device != other.device:
-            raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
+    _check_dense("indices", indices)
+    if of is not None:
+        other_name, other = of
+        if other.dim() == 0:
+            raise ValueError(f"{other_name} needs a batch dimension, got a 0-d tensor")
+        if indices.shape != other.shape[:1]:
+            raise ValueError(
+                f"indices has shape {tuple(indices.shape)}; one for each row of {other_name} is "
+                f"{tuple(other.shape[:1])}"
+            )
+    elif indices.dim() != 1:
+        raise ValueError(f"indices must be [B], got shape {tuple(indices.shape)}")
+    if data.dim() == 0 or (len(data) == 0 and len(indices) > 0):
+        raise ValueError(f"{name} has shape {tuple(data.shape)}, and nothing to choose from")
+    at_name, at = of or (name, data)
+    for other_name, x in (("indices", indices), (name, data)):
+        _check_device(other_name, x, at_name, at)
 
 
 def _check_target(
     target: Tensor, other_name: str, other: Tensor, indices: Tensor | None = None
 ) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    if target.dtype not in (torch.uint8, torch.bool) and not target.is_floating_point():
-        raise TypeError(f"target must be uint8, bool or floating, got {target.dtype}")
-    if target.requires_grad:
-        raise ValueError("target is data and gets no gradient here; pass target.detach()")
+    _check_data("target", target)
     if indices is None:
         _check_matches("target", target, other_name, other)
         return
-    _check_indices(indices, target, other_name, other)
+    _check_indices(indices, "target", target, (other_name, other))
     if target.shape[1:] != other.shape[1:]:
         raise ValueError(
             f"target has rows of shape {tuple(target.shape[1:])}, {other_name} of "
@@ -371,8 +506,12 @@ def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tenso
             raise TypeError(
                 f"{name} as a tensor holds one int64, got {value.dtype} {tuple(value.shape)}"
             )
+        _check_dense(name, value)
         if value.device != device:
-            raise ValueError(f"{name} is on {value.device}, the other tensors on {device}")
+            raise ValueError(
+                f"{name} is on {value.device}, where {device} is computed; pass an int, or a "
+                f'tensor made with device="{device}"'
+            )
         return value.reshape(())
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
@@ -499,20 +638,19 @@ def logistic_mixture_sample(
 
 def _check_image_target(target: Tensor, parameters: Tensor, indices: Tensor | None) -> None:
     """Batch, size and device as the parameters; only the channels differ."""
-    _check_target(target, "target", target)  # its kind alone
+    _check_data("target", target)
     for name, x in (("parameters", parameters), ("target", target)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, channels, H, W], got shape {tuple(x.shape)}")
     if indices is not None:
-        _check_indices(indices, target, "parameters", parameters)
+        _check_indices(indices, "target", target, ("parameters", parameters))
     batch = target.shape[0] if indices is None else len(indices)
     if (batch, *target.shape[2:]) != (parameters.shape[0], *parameters.shape[2:]):
         raise ValueError(
             f"target has shape {tuple(target.shape)}, parameters {tuple(parameters.shape)}; "
             "batch, height and width must be the same"
         )
-    if target.device != parameters.device:
-        raise ValueError(f"target is on {target.device}, parameters on {parameters.device}")
+    _check_device("target", target, "parameters", parameters)
 
 
 def _check_logistic_mixture(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae_kernels import reference
+from fastvae_kernels import philox, reference
 
 
 def launches_triton(x: Tensor) -> bool:
@@ -37,6 +37,56 @@ def _per_sample(x: Tensor) -> Tensor:
 def _like(x: Tensor, num_samples: int | None = None) -> Tensor:
     samples = () if num_samples is None else (num_samples,)
     return torch.empty((*samples, *x.shape), dtype=x.dtype, device=x.device)
+
+
+# ----------------------------------------------------------------------------- noise, binarize
+
+
+@torch.library.custom_op("fastvae::uniform", mutates_args=())
+def uniform(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
+    """Float32 `[rows, columns]` on `seed`'s device."""
+    if _draws_in_triton(seed, rows, columns):
+        from fastvae_kernels.triton_kernels.noise import uniform
+
+        return uniform(rows, columns, seed, offset)
+    return philox.row_uniforms(rows, columns, seed, offset).contiguous()
+
+
+@torch.library.custom_op("fastvae::normal", mutates_args=())
+def normal(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
+    """Float32 `[rows, columns]` on `seed`'s device."""
+    if _draws_in_triton(seed, rows, columns):
+        from fastvae_kernels.triton_kernels.noise import normal
+
+        return normal(rows, columns, seed, offset)
+    return philox.row_normals(rows, columns, seed, offset).contiguous()
+
+
+def _draws_in_triton(seed: Tensor, rows: int, columns: int) -> bool:
+    return launches_triton(seed) and rows > 0 and columns > 0
+
+
+@uniform.register_fake
+@normal.register_fake
+def _(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
+    return seed.new_empty((rows, columns), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastvae::binarize", mutates_args=())
+def binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | None = None) -> Tensor:
+    """Float32 zeros and ones, contiguous, like the images that are chosen."""
+    batch = len(images) if indices is None else len(indices)
+    if _draws_in_triton(seed, batch, math.prod(images.shape[1:])):
+        from fastvae_kernels.triton_kernels.binarize import binarize
+
+        return binarize(images, seed, offset, indices)
+    return reference.binarize(images, seed, offset, indices).contiguous()
+
+
+@binarize.register_fake
+def _(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | None = None) -> Tensor:
+    batch = images.shape[0] if indices is None else indices.shape[0]
+    return images.new_empty((batch, *images.shape[1:]), dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------- reparameterize_kl

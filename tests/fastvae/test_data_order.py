@@ -1,10 +1,20 @@
 """The order of the data is a function of (seed, position), whatever asks for it in what pieces."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvae import Bernoulli
+from fastvae.batch import Batch
+from fastvae.build import build_model, build_objective
+from fastvae.config import ModelConfig, ObjectiveConfig
 from fastvae.data import EpochOrder, ImageSet
 from fastvae.training.feed import Feed
+from fastvae.training.step import TrainingStep, mirrored
 
 
 def test_every_sample_once_an_epoch() -> None:
@@ -42,11 +52,12 @@ def test_slices_of_processes_tile_the_batch(processes: int, accumulation: int) -
             for index in range(accumulation):
                 position = step * batch + process * part * accumulation + index * part
                 pieces.append(feed.batch(torch.tensor(position), part))
-        x, labels, indices = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        for tiled, at_once in zip(
-            (x, labels, indices), whole.copied_batch(step * batch, batch), strict=True
-        ):
-            assert torch.equal(tiled, at_once)
+        rows = [(piece.x, piece.labels, piece.indices) for piece in pieces]
+        x, labels, indices = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        at_once = whole.copied_batch(step * batch, batch)
+        assert at_once.chosen is None and at_once.rows == batch
+        assert torch.equal(x, at_once.x) and torch.equal(labels, at_once.labels)
+        assert torch.equal(indices, at_once.indices)
         # What belongs to one row stays together.
         assert torch.equal(x.flatten().long(), indices) and torch.equal(labels, indices / 2)
 
@@ -82,3 +93,77 @@ def test_places_computed_on_the_device_are_those_of_the_order(
             at = first + step * batch
             found = feed.batch(torch.tensor(at), batch).indices
             assert found is not None and torch.equal(found, order.indices(at, batch))
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations that tensors meet, without views and questions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        if not name.startswith(("view.", "slice.", "detach.", "prim.")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_on_the_device_is_its_places() -> None:
+    """A launch for each operation named, on a GPU; the images are left where they are."""
+    numbers = torch.arange(50)
+    images = ImageSet(numbers.to(torch.uint8).view(50, 1, 1, 1), numbers, "numbers")
+    feed = Feed(images, 9, torch.device("cpu"), samples_ahead=8)
+    feed.prepare(0, 8)
+    position = torch.tensor(3)
+    with Operations() as operations:
+        batch = feed.batch(position, 5)
+    places = ["add.Tensor", "remainder.Scalar", "index_select.default"]
+    assert operations.names == [*places, "index_select.default"]  # the labels last
+    assert batch.images.data_ptr() == images.tensor.data_ptr() and batch.rows == 5
+    assert batch.chosen is batch.indices
+    assert torch.equal(batch.x, images.tensor[batch.indices])
+    with pytest.raises(AssertionError):
+        feed.batch(position, 9)  # more than is prepared for
+
+
+def test_on_a_gpu_the_rows_are_gathered_and_binarised_in_one_launch() -> None:
+    """A fake GPU, which has the shapes of one and no memory."""
+    with FakeTensorMode():
+        seed, offset = (torch.empty((), dtype=torch.int64, device="cuda") for _ in range(2))
+        chosen = torch.empty(8, dtype=torch.int64, device="cuda")
+        batch = Batch(
+            torch.empty(50, 1, 8, 8, dtype=torch.uint8, device="cuda"), None, chosen, chosen
+        )
+        with Operations() as operations:
+            x = Bernoulli().observe(batch.images, seed, offset, batch.chosen)
+        assert operations.names == ["fastvae.binarize.default"]
+        assert (x.shape, x.device.type) == ((8, 1, 8, 8), "cuda")
+        # Whoever looks at the bytes first, as mirroring does, gathers them: no mistake, one more.
+        with Operations() as operations:
+            mirrored(batch.x, seed, offset)
+        assert operations.names.count("index_select.default") == 1
+        assert operations.names.count("fastvae.uniform.default") == 1
+
+
+def test_a_step_reads_the_rows_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss as of a copied batch, to the bit; and the images are never gathered apart."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 1, 8, 8), generator=generator).to(torch.uint8)
+    data = ImageSet(pixels, None, "noise")
+    feed = Feed(data, 9, torch.device("cpu"), samples_ahead=8)
+    feed.prepare(40, 48)
+    model = build_model(ModelConfig(hidden=(16,), latent_dim=3), data, 8)
+    position = torch.tensor(40)
+    for flip in (False, True):
+        step = TrainingStep(model, build_objective(ObjectiveConfig(), 50), 0, flip)
+        want = step(feed.copied_batch(40, 8), position)
+        got = step(feed.batch(position, 8), position)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+    def gathered_apart(batch: Batch) -> Tensor:
+        raise AssertionError("the rows were gathered before they were observed")
+
+    monkeypatch.setattr(Batch, "x", property(gathered_apart))
+    step = TrainingStep(model, build_objective(ObjectiveConfig(), 50), 0)
+    step(feed.batch(position, 8), position)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastvae_kernels import binarize
 from running import TORCHRUN, run_process
 from scipy import stats
 from torch import Tensor, distributions
@@ -22,7 +23,7 @@ from fastvae import (
     LogisticMixture,
 )
 from fastvae.errors import UserError
-from fastvae.parts.likelihoods import Likelihood, binarize, quantize
+from fastvae.parts.likelihoods import Likelihood, quantize
 
 EVERY: list[Any] = [
     Bernoulli(),
@@ -91,7 +92,7 @@ def plane(reach: float, cells: int) -> tuple[Tensor, float]:
 def test_gaussian_density_integrates_to_one(variance: float) -> None:
     points, area = plane(8 * math.sqrt(variance), 400)
     mean = torch.tensor([0.3, 0.9], dtype=torch.float64).view(1, 1, 1, 2).expand_as(points)
-    density = torch.exp(-Gaussian(variance).nll(mean, points).double())
+    density = torch.exp(-Gaussian(variance).double().nll(mean, points))
     assert abs(density.sum().item() * area - 1) < 1e-6
 
 
@@ -298,7 +299,7 @@ def ramp(dtype: torch.dtype) -> Tensor:
 def test_dynamic_draws_are_white_as_often_as_the_pixel_says(dtype: torch.dtype) -> None:
     draws = 40000
     x = ramp(dtype)
-    white = binarize(x.expand(draws, 1, 16, 16), 12, 0).mean(0).flatten().double()
+    white = binarize(x.expand(draws, 1, 16, 16), 12).mean(0).flatten().double()
     p = torch.arange(256, dtype=torch.float64) / 255
     deviation = (white - p) / (p * (1 - p) / draws).sqrt().clamp(min=1e-9)
     assert white[0] == 0
@@ -309,9 +310,9 @@ def test_dynamic_draws_are_white_as_often_as_the_pixel_says(dtype: torch.dtype) 
 
 def test_black_is_never_and_white_always_white() -> None:
     for x in (torch.zeros(3000, 1, 8, 8, dtype=torch.uint8), torch.zeros(3000, 1, 8, 8)):
-        assert binarize(x, 1, 0).sum() == 0
+        assert binarize(x, 1).sum() == 0
     for x in (torch.full((3000, 1, 8, 8), 255, dtype=torch.uint8), torch.ones(3000, 1, 8, 8)):
-        assert binarize(x, 1, 0).min() == 1
+        assert binarize(x, 1).min() == 1
 
 
 def test_dynamic_draws_are_fresh_at_each_position_and_repeat_at_the_same() -> None:
@@ -325,6 +326,20 @@ def test_dynamic_draws_are_fresh_at_each_position_and_repeat_at_the_same() -> No
     # No two images of a batch share their draws either.
     distances = (draws[:, None] != draws[None]).float().mean((2, 3, 4))
     assert (distances + torch.eye(8)).min() > 0.4
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("likelihood", [*EVERY, Bernoulli("static")], ids=lambda x: repr(x))
+def test_rows_of_a_data_set_are_observed_as_their_copies(likelihood: Any, dtype: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randint(0, 256, (9, 1, 5, 3), generator=generator).to(torch.uint8)
+    data = data if dtype == torch.uint8 else data.float() / 255
+    indices = torch.tensor([8, 0, 3, 3])
+    got = likelihood.observe(data, 5, 100, indices)
+    assert torch.equal(got, likelihood.observe(data[indices], 5, 100))
+    assert got.shape == (4, 1, 5, 3)
+    if isinstance(likelihood, Bernoulli) and likelihood.binarize == "dynamic":
+        assert torch.equal(got, binarize(data, 5, offset=100, indices=indices))
 
 
 @pytest.mark.parametrize("kind", ["static", "none"])

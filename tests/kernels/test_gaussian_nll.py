@@ -387,7 +387,7 @@ def test_triton_has_conditions(monkeypatch):
     with pytest.raises(
         TypeError, match=r"takes float32, bfloat16 or float16, got .*float64.*; use"
     ):
-        gaussian_nll(X, X, X.double(), impl="triton")
+        gaussian_nll(X.double(), X, 0.0, impl="triton")
     with pytest.raises(
         ValueError, match='impl="triton" needs tensors on a GPU, got cpu; use impl='
     ):

@@ -33,6 +33,7 @@ target = mu.detach()
 z, kl = f.reparameterize_kl(mu, mu, 0)
 loss = z.sum() + kl.sum() + f.bernoulli_nll(mu, target).sum() + f.gaussian_nll(z, target, 0.0).sum()
 loss.backward()
+f.binarize(target, 0), f.uniform((2, 3), 0), f.normal((2, 3), 0)
 """
 
 

@@ -1,6 +1,7 @@
 """Plain PyTorch formulas: the CPU path, the fallback, and the truth that the kernels meet."""
 
 from fastvae_kernels.reference.bernoulli_nll import bernoulli_nll, bernoulli_nll_backward
+from fastvae_kernels.reference.binarize import binarize
 from fastvae_kernels.reference.gaussian_nll import (
     gaussian_nll,
     gaussian_nll_backward,
@@ -21,6 +22,7 @@ from fastvae_kernels.reference.reparameterize_kl import (
 __all__ = [
     "bernoulli_nll",
     "bernoulli_nll_backward",
+    "binarize",
     "gaussian_nll",
     "gaussian_nll_backward",
     "logistic_mixture_log_sums",

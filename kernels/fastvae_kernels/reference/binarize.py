@@ -1,0 +1,24 @@
+"""Zeros and ones drawn from grey images, written plainly."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastvae_kernels import philox
+from fastvae_kernels.reference._common import chosen
+
+
+def binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | None = None) -> Tensor:
+    """1 where a uniform draw is below the pixel, else 0: float32, like `images` `[B, …]`.
+
+    `images`: uint8 (read as / 255), bool or floating in [0, 1]; with `indices` `[B]` a data set
+    `[N, …]`, of which row b is number indices[b]. `seed`, `offset`: int64, one element, on the
+    same device.
+    """
+    x = chosen(images, indices)
+    draws = philox.row_uniforms(len(x), math.prod(x.shape[1:]), seed, offset).view(x.shape)
+    # Compared as floats: 0 is never and 255 (or 1.0) always white, since the draws stay below 1.
+    if x.dtype == torch.uint8:
+        draws = draws * 255.0
+    return (draws < x.float()).float()
