@@ -165,8 +165,8 @@ class Evaluator:
         index = places.clamp(max=self.size - 1)
         if self.on_device:
             labels = self.set.labels
-            x = self.set.tensor.index_select(0, index)
-            batch = Batch(x, None if labels is None else labels.index_select(0, index))
+            labels = None if labels is None else labels.index_select(0, index)
+            batch = Batch(self.set.tensor, labels, chosen=index)
         else:
             part = self.set.select(index.cpu()).to(self.device)
             batch = Batch(part.tensor, part.labels)

@@ -9,10 +9,8 @@ from fastvae.batch import Batch
 from fastvae.data import EpochOrder, ImageSet
 from fastvae.data.stored import StoredImages
 from fastvae.errors import FastvaeWarning
+from fastvae.hardware import fits_on
 from fastvae.training.stream import Stream
-
-# Share of a GPU's free memory that the images may take; the rest is the model's.
-DEVICE_SHARE = 0.5
 
 
 class Feed:
@@ -36,8 +34,7 @@ class Feed:
         decode images which lie encoded; None: as many as there are cores, at most 8."""
         self.device = device
         stored = images.images if isinstance(images.images, StoredImages) else None
-        fits = device.type != "cuda" or images.nbytes < DEVICE_SHARE * _free(device)
-        self.on_device = stored is None and fits
+        self.on_device = fits_on(device, images)
         self.set = images.to(device) if self.on_device else images
         self.size = len(images)
         self.order = EpochOrder(self.size, seed)
@@ -104,7 +101,3 @@ class Feed:
     def _pinned(self, x: Tensor) -> Tensor:
         pin = self.device.type == "cuda" and not (x.is_cuda or x.is_pinned())
         return x.pin_memory() if pin else x
-
-
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0]
