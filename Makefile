@@ -4,6 +4,8 @@ ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest/bin
+OLDEST_READY := .venv-oldest/.ready
 CACHE := $(CURDIR)/.cache
 THREADS := $(shell nproc 2>/dev/null || echo 1)
 
@@ -18,13 +20,18 @@ export TMPDIR := $(CACHE)/tmp
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: train test test-slow lint bench bench-gpu bench-peers family speedrun clean
+.PHONY: train test test-oldest test-slow lint bench bench-gpu bench-peers family speedrun clean
 
 train: $(READY)  ## train on the embedded digits; ARGS="--preset mnist-mlp --download" for others
 	$(LAUNCH) launch/train.py $(ARGS)
 
+PYTEST_FAST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+
 test: $(READY)  ## the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST_FAST) $(ARGS)
+
+test-oldest: $(OLDEST_READY)  ## the same with every dependency at the oldest version that it may have
+	OMP_NUM_THREADS=1 $(OLDEST)/python $(PYTEST_FAST) $(ARGS)
 
 test-slow: $(READY)  ## the slow tests alone
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -49,13 +56,23 @@ family: $(READY)  ## every system trained and evaluated, docs/family.md written:
 speedrun: $(READY)  ## time to 86.76 nats on MNIST over five seeds; ARGS="--download", or "--quick"
 	$(BIN)/python launch/speedrun.py $(ARGS)
 
+define new_environment # at $(1): a directory's Python to be
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	{ echo "fastvae needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+@mkdir -p $(TMPDIR)
+test -x $(1)/python || $(PYTHON) -m venv $(patsubst %/bin,%,$(1))
+endef
+
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "fastvae needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
-	@mkdir -p $(TMPDIR)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(call new_environment,$(BIN))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+$(OLDEST_READY): pyproject.toml
+	$(call new_environment,$(OLDEST))
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/uv pip install --quiet --python $(OLDEST)/python --resolution lowest-direct -e '.[dev]'
+	@touch $@
+
 clean:  ## remove the environment and all caches; runs/ stays
-	rm -rf .venv .cache build *.egg-info
+	rm -rf .venv .venv-oldest .cache build *.egg-info
