@@ -15,6 +15,7 @@ export MPLCONFIGDIR := $(CACHE)/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor
 export TRITON_CACHE_DIR := $(CACHE)/triton
 export TMPDIR := $(CACHE)/tmp
+export UV_CACHE_DIR ?= $(CACHE)/uv
 
 # One process, on the GPU if there is one. Every value is given, so that nothing is warned of.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
@@ -30,7 +31,7 @@ PYTEST_FAST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "n
 test: $(READY)  ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST_FAST) $(ARGS)
 
-test-oldest: $(OLDEST_READY)  ## the same with every dependency at the oldest version that it may have
+test-oldest: $(OLDEST_READY)  ## the same with the oldest dependencies allowed
 	OMP_NUM_THREADS=1 $(OLDEST)/python $(PYTEST_FAST) $(ARGS)
 
 test-slow: $(READY)  ## the slow tests alone
@@ -56,7 +57,7 @@ family: $(READY)  ## every system trained and evaluated, docs/family.md written:
 speedrun: $(READY)  ## time to 86.76 nats on MNIST over five seeds; ARGS="--download", or "--quick"
 	$(BIN)/python launch/speedrun.py $(ARGS)
 
-define new_environment # at $(1): a directory's Python to be
+define new_environment # whose Python is to be in the folder $(1)
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	{ echo "fastvae needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
 @mkdir -p $(TMPDIR)
@@ -71,7 +72,8 @@ $(READY): pyproject.toml
 $(OLDEST_READY): pyproject.toml
 	$(call new_environment,$(OLDEST))
 	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check uv
-	$(OLDEST)/uv pip install --quiet --python $(OLDEST)/python --resolution lowest-direct -e '.[dev]'
+	$(OLDEST)/uv pip install --quiet --python $(OLDEST)/python --resolution lowest-direct \
+		--only-binary :all: -e '.[dev]'
 	@touch $@
 
 clean:  ## remove the environment and all caches; runs/ stays
