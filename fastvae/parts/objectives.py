@@ -144,11 +144,8 @@ class ImportanceWeighted(nn.Module):
         # A draw that the decoder ignores may still matter to the encoder, by the ratio of both.
         for_decoder = self.weights(found, decoder_groups, 1).clamp(min=1e-20)
         for_encoder = self.weights(found, self.groups, 2)
-        if terms.z is not None and terms.z.requires_grad:
-            ratio = (for_encoder / for_decoder).unsqueeze(-1)
-            # In float32: with decoder_all the ratio may exceed what a half can hold.
-            terms.z.register_hook(lambda gradient: (gradient * ratio).to(gradient.dtype))
-        surrogate = -(for_decoder * log_weights).sum(0)
+        assert terms.z is not None
+        surrogate = -_weighted_sum(log_weights, for_decoder, terms.z, for_encoder)
         # The value is the bound's, the gradient the surrogate's.
         return surrogate + (-self.bound(found, decoder_groups) - surrogate).detach()
 
@@ -240,6 +237,20 @@ class MMD(nn.Module):
         ones = float(len(self.SCALES))  # each point's likeness with itself, left out
         within = similarity(a, a).sum() + similarity(b, b).sum() - 2 * n * ones
         return within / (n * (n - 1)) - 2.0 * similarity(a, b).mean()
+
+
+# Opaque to the compiler's front end, which before torch 2.12 or so moves a hook to where its tensor
+# is made, and that is before its weights are; what comes after it runs this with autograd's graph.
+@torch.compiler.allow_in_graph
+def _weighted_sum(
+    log_weights_SB: Tensor, weights_SB: Tensor, z_SBD: Tensor, weights_through_z_SB: Tensor
+) -> Tensor:
+    """Σ_s w_s log w_s, `[B]`, whose gradient on every path through z has the other weights."""
+    if z_SBD.requires_grad:
+        ratio_SB1 = (weights_through_z_SB / weights_SB).unsqueeze(-1)
+        # In float32: with decoder_all the ratio may exceed what a half can hold.
+        z_SBD.register_hook(lambda gradient: (gradient * ratio_SB1).to(gradient.dtype))
+    return (weights_SB * log_weights_SB).sum(0)
 
 
 def _ramp(position: Tensor, samples: int) -> Tensor:

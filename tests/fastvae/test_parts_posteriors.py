@@ -76,7 +76,7 @@ def test_softplus_scale_everywhere() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_softplus_scale_in_half_precision(dtype: torch.dtype) -> None:
-    s = torch.linspace(-60000, 60000, 501, dtype=dtype).requires_grad_()
+    s = torch.linspace(-60000, 60000, 501).to(dtype).requires_grad_()
     q = DiagonalGaussian("softplus").moments(torch.stack([s * 0, s], 1))
     assert q.logvar.dtype == dtype
     (gradient,) = torch.autograd.grad(q.logvar.float().clamp(-1e4, 1e4).sum(), s)
