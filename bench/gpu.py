@@ -165,7 +165,7 @@ class _Report:
                 return
             results["machine"] = copy.pop("machine", UNKNOWN)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.path = self.folder.resolve() / self._name(machine["device"])
+            self.path = self.folder.resolve() / self._name(results["machine"]["device"])
         for suffix, text in (
             (".json", json.dumps(results, indent=1) + "\n"),
             (".md", to_markdown(results)),

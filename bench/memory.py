@@ -67,7 +67,7 @@ def _operator(name: str, latents: int, device: torch.device) -> dict[str, Any]:
     }
     kept: dict[str, int | None] = {}
     peak = {}
-    for each, compute in computes.items():
+    for rival, compute in computes.items():
 
         def forward(compute: Callable[..., Tensors] = compute) -> Tensors:
             return compute(*inputs)
@@ -78,8 +78,8 @@ def _operator(name: str, latents: int, device: torch.device) -> dict[str, Any]:
             torch.autograd.grad(outputs, leaves(inputs), gradients)
 
         step()  # whatever compiles has compiled
-        kept[each] = kept_bytes(forward, inputs)
-        peak[each] = peak_bytes(step, device)
+        kept[rival] = kept_bytes(forward, inputs)
+        peak[rival] = peak_bytes(step, device)
     return {"kept": kept, "peak": peak}
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any
 
@@ -324,9 +325,12 @@ def _step(section: Row) -> Iterator[str]:
 
 def _replayed(found: Row) -> str:
     """Of each candidate that replays its steps."""
-    return "; ".join(
-        f"{name}: {each['problem'] or each['steps_per_launch']}" for name, each in found.items()
-    ) or "–"
+    return (
+        "; ".join(
+            f"{name}: {each['problem'] or each['steps_per_launch']}" for name, each in found.items()
+        )
+        or "–"
+    )
 
 
 def _train(section: Row) -> Iterator[str]:
@@ -371,8 +375,7 @@ def _lost(before: Row | None, row: Row, few: Row) -> str:
 def _shares(rows: list[Row]) -> str:
     """What each thing costs, in a line."""
     return ", ".join(
-        f"{row['kind']} {_lost(before, row, rows[0])}"
-        for before, row in zip(rows[1:], rows[2:], strict=False)
+        f"{row['kind']} {_lost(before, row, rows[0])}" for before, row in pairwise(rows[1:])
     )
 
 

@@ -4,6 +4,7 @@ Whatever becomes of a process (a fault of the device, a hang, too little time), 
 over stays, and no other process hears of it.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -169,10 +170,8 @@ class _Process:
 
     def end(self) -> None:
         """It and all that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         assert self.process.stdin is not None
         self.process.stdin.close()

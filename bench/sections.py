@@ -1,24 +1,24 @@
 """The sections of `gpu.py`: what each measures, what must be shown before it, how long it takes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from settings import Settings
-
-# Seconds, on one GPU of the H100's class and 16 cores. Nobody has timed them there. They are
-# arithmetic from what compiling takes on one core of an AMD EPYC (torch 2.11, triton 3.6,
-# processor seconds): a process until it can compute, START; an operator forward and backward
-# through Inductor, COMPILED, of which CACHED is left where another process has compiled it before
-# (tracing, and loading what is in the cache); a whole step likewise; one of our Triton kernels,
-# KERNEL. Timing adds `rounds` × 10 ms for each candidate and way, 200 ms for steps.
-START = 8.0
-COMPILED_OP, CACHED_OP, COMPILED_STEP, CACHED_STEP, KERNEL = 8.0, 1.5, 20.0, 5.0, 0.6
+# Seconds on one GPU of the H100's class and 16 cores, where nobody has timed them: arithmetic from
+# processor seconds on one core of an AMD EPYC (torch 2.11, triton 3.6, Inductor's code for a CPU).
+# A process until it computes: 10 (torch 5, the trainer 6, somewhat less on an idle machine). An
+# operator forward and backward through Inductor: 3.6 to 4.9, and 0.2 to 0.6 once another process
+# has filled the caches; a step: 16 to 61, and 0.5 to 9. One of our Triton kernels for sm_90: 0.1 to
+# 0.9. A GPU's generated kernels go through Triton, of which nothing is cheaper than ours: hence the
+# margin. Timing: `rounds` × 10 ms for each candidate and way of calling, 200 ms for steps.
+START = 10.0
+OP, STEP, KERNEL = 1.5, 5.0, 0.5
+"""An operator and a step that are in the caches, a kernel that is not."""
 HOW = (
-    "How the seconds were found: by arithmetic, not on a GPU. A process starts in "
-    f"{START:g} s; an operator compiles in {COMPILED_OP:g} s, or {CACHED_OP:g} s from the cache "
-    f"that other processes fill during the first parity tests; a step in {COMPILED_STEP:g} s, or "
-    f"{CACHED_STEP:g} s; a Triton kernel in {KERNEL:g} s (measured on one CPU core); timing takes "
-    "10 ms, for steps 200 ms, for each candidate and round."
+    "How the seconds were found: by arithmetic from a CPU, not on a GPU. A process starts in "
+    f"{START:g} s; an operator takes {OP:g} s and a step {STEP:g} s to compile where processes "
+    "beside the first parity tests have filled the caches (measured with caches: 0.2 to 0.6 s and "
+    "0.5 to 9 s; without: 4 to 5 s and 16 to 61 s); a Triton kernel "
+    f"{KERNEL:g} s (measured: 0.1 to 0.9 s); timing 10 ms, for steps 200 ms, for each candidate "
+    "and round."
 )
 
 
@@ -45,25 +45,26 @@ _KERNELS, _STEPS = ("kernels",), ("kernels", "replay", "compiled")
 # What is worth most comes first: a run may be cut at any moment.
 SECTIONS = (
     Section("copy", "Copying memory", START + 2, "machine:copy_bandwidth"),
+    # Some 250 kernels on eight cores, with three processes of pytest; then the rest of the warming.
     Section("smoke", "Parity: each kernel, dtype and layout once", 60, "parity:smoke"),
-    # 26 operators, sizes and dtypes: three directions, three candidates, two ways of timing.
+    # 24 cases: three directions, three candidates, two ways of timing.
     Section(
-        "ops", "Operators", START + 26 * (CACHED_OP + 1.3), "op_speed:run", _KERNELS,
-        "op_speed:warm", 3,
+        "ops", "Operators", START + 24 * (OP + 1.3), "op_speed:run", _KERNELS, "op_speed:warm", 3
     ),
-    # Eight cases; two compiled candidates of about five, 200 ms a round each.
+    # Five cases: two compiled candidates of about five, 200 ms a round each.
     Section(
-        "steps", "Training steps", START + 6 * (2 * CACHED_STEP + 5), "step_speed:run", _STEPS,
-        "step_speed:warm", 6,
+        "steps", "Training steps", START + 5 * (2 * STEP + 5), "step_speed:run", _STEPS,
+        "step_speed:warm", 5,
     ),
-    Section("train", "Whole runs", START + CACHED_STEP + 5 * 5, "train_speed:run", _STEPS),
+    # Six runs that begin, evaluate and draw their pictures; four of 20,000 steps.
+    Section("train", "Whole runs", START + STEP + 6 * 2 + 4 * 3, "train_speed:run", _STEPS),
     # Two processes: start, compilation, 16,000 steps at half a millisecond, scoring.
-    Section("speedrun", "Time to quality", 2 * 35, "seeds:run", _STEPS),
-    Section("memory", "Memory of a step", START + 4 * COMPILED_OP, "memory:run", _KERNELS),
-    # Some 1,500 Triton kernels on eight cores.
-    Section("parity", "Parity: all tests", 15 + 800 * KERNEL / 8, "parity:full"),
+    Section("speedrun", "Time to quality", 2 * (START + STEP + 8 + 10), "seeds:run", _STEPS),
+    Section("memory", "Memory of a step", START + 20, "memory:run", _KERNELS),
+    # Some 1,500 kernels on eight cores.
+    Section("parity", "Parity: all tests", START + 1500 * KERNEL / 8, "parity:full"),
     Section("growth", "Growth", START + 25, "growth:run", _STEPS),
     Section("limits", "What binds each kernel", 40, "machine:kernel_limits"),
-    Section("more-ops", "Operators at other sizes", 150, "op_speed:run_more", _KERNELS),
-    Section("more-steps", "Other training steps", 240, "step_speed:run_more", _STEPS),
+    Section("more-ops", "Operators at other sizes", 200, "op_speed:run_more", _KERNELS),
+    Section("more-steps", "Other training steps", 600, "step_speed:run_more", _STEPS),
 )  # fmt: skip

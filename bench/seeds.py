@@ -23,10 +23,19 @@ def run(settings: Settings) -> Iterator[Found]:
         yield "left_out", f"{', '.join(missing)} not installed" if missing else "no --mnist-dir"
         return
     seeds = 1 if settings.quick else SEEDS
-    given = ["--quick", "--data", "digits"] if settings.quick else ["--data-dir", settings.mnist_dir]
+    given = (
+        ["--quick", "--data", "digits"] if settings.quick else ["--data-dir", settings.mnist_dir]
+    )
     with tempfile.TemporaryDirectory() as name:
         folder, done = Path(name), 0
-        command = [sys.executable, "-m", "fastvae.speedrun", "--seeds", str(seeds), *map(str, given)]
+        command = [
+            sys.executable,
+            "-m",
+            "fastvae.speedrun",
+            "--seeds",
+            str(seeds),
+            *map(str, given),
+        ]
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(
                 [*command, "--runs", str(folder / "runs"), "--output", str(folder)],

@@ -33,7 +33,6 @@ CORE = [
     StepCase("cifar10-conv", 128, "bf16"),
     StepCase("cifar10-conv", 1024, "bf16"),
     StepCase("mnist-mlp", 8192, "bf16"),
-    StepCase("vae", 20),
 ]
 ALL = [
     StepCase(name, batch, precision)  # type: ignore[arg-type]

@@ -63,9 +63,7 @@ def run(settings: Settings) -> Iterator[Found]:
         config = _config(settings, folder)
         yield "facts", {"preset": PRESET, "data": config.data.data, "batch": config.batch_size}
         train(replace(config, max_steps=max(8, steps // 50), output=folder / "first"), name="first")
-        yield from each(
-            KINDS, lambda kind: [_row(kind, config, steps, folder, settings)], settings
-        )
+        yield from each(KINDS, lambda kind: [_row(kind, config, steps, folder, settings)], settings)
 
 
 def _config(settings: Settings, folder: Path) -> Config:

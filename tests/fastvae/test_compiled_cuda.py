@@ -10,9 +10,13 @@ import torch
 from step_cases import digit_like_images, make_accelerator, make_updates
 from step_speed import side_stream
 
-from fastvae.config import Config, ModelConfig
+from fastvae.config import Config, ModelConfig, OptimizerConfig
 
-CONFIG = Config(model=ModelConfig(hidden=(64,), latent_dim=7), batch_size=24)
+CONFIG = Config(
+    model=ModelConfig(hidden=(64,), latent_dim=7),
+    optimizer=OptimizerConfig(learning_rate=3e-3),
+    batch_size=24,
+)
 STEPS = 60
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.slow),
