@@ -128,7 +128,7 @@ def time_for(section: Section, later: Sequence[Section], left: float) -> float:
     more, since it is worth more than what comes later; and where there is plenty, its share. The
     last one takes all."""
     share = section.seconds / (section.seconds + sum(each.seconds for each in later))
-    return min(left, max(1.33 * section.seconds, share * left))
+    return min(left, max(1.33 * section.seconds, max(share, section.share) * left))
 
 
 def _why_not(section: Section, done: dict[str, Any], left: float) -> str:

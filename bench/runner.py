@@ -48,14 +48,8 @@ def run_section(
         begun = ""
         with _Process(section.run, replace(settings, skipped=tuple(skipped))) as process:
             for kind, value in process.lines(settings.deadline + GRACE):
-                if kind == "begun":
-                    begun = value
-                elif kind == "facts":
-                    found |= value
-                elif kind == "row":
-                    found["rows"].append(value)
-                else:
-                    found["left_out" if kind == "left_out" else "failures"].append(value)
+                begun = value if kind == "begun" else begun
+                add(found, kind, value)
                 changed()
             status, said = process.status, process.said()
         if status == NO_DEVICE:
@@ -71,6 +65,14 @@ def run_section(
         changed()
     found["status"] = "failed" if found["failures"] else "ok"
     changed()
+
+
+def add(found: dict[str, Any], kind: str, value: Any) -> None:
+    """One thing that a section says, to what it has said."""
+    if kind == "facts":
+        found |= value
+    elif kind != "begun":
+        found[{"row": "rows", "failure": "failures"}.get(kind, kind)].append(value)
 
 
 class Warmers:

@@ -32,6 +32,8 @@ class Section:
     """That it takes, as far as is known."""
     run: str
     """MODULE:FUNCTION, which is given `Settings` and yields what it finds (`settings.Found`)."""
+    share: float = 0.0
+    """Of the time that is left when it begins, that it may take in any case."""
     needs: tuple[str, ...] = ()
     """Which of the parity tests must be green before."""
     warm: str = ""
@@ -46,25 +48,26 @@ _KERNELS, _STEPS = ("kernels",), ("kernels", "replay", "compiled")
 SECTIONS = (
     Section("copy", "Copying memory", START + 2, "machine:copy_bandwidth"),
     # Some 250 kernels on eight cores, with three processes of pytest; then the rest of the warming.
-    Section("smoke", "Parity: each kernel, dtype and layout once", 60, "parity:smoke"),
+    Section("smoke", "Parity: each kernel, dtype and layout once", 60, "parity:smoke", 1 / 3),
     # 24 cases: three directions, three candidates, two ways of timing.
     Section(
-        "ops", "Operators", START + 24 * (OP + 1.3), "op_speed:run", _KERNELS, "op_speed:warm", 3
+        "ops", "Operators", START + 24 * (OP + 1.3), "op_speed:run", needs=_KERNELS,
+        warm="op_speed:warm", warmers=3,
     ),
     # Five cases: two compiled candidates of about five, 200 ms a round each.
     Section(
-        "steps", "Training steps", START + 5 * (2 * STEP + 5), "step_speed:run", _STEPS,
-        "step_speed:warm", 5,
+        "steps", "Training steps", START + 5 * (2 * STEP + 5), "step_speed:run", needs=_STEPS,
+        warm="step_speed:warm", warmers=5,
     ),
     # Six runs that begin, evaluate and draw their pictures; four of 20,000 steps.
-    Section("train", "Whole runs", START + STEP + 6 * 2 + 4 * 3, "train_speed:run", _STEPS),
+    Section("train", "Whole runs", START + STEP + 6 * 2 + 4 * 3, "train_speed:run", needs=_STEPS),
     # Two processes: start, compilation, 16,000 steps at half a millisecond, scoring.
-    Section("speedrun", "Time to quality", 2 * (START + STEP + 8 + 10), "seeds:run", _STEPS),
-    Section("memory", "Memory of a step", START + 20, "memory:run", _KERNELS),
+    Section("speedrun", "Time to quality", 2 * (START + STEP + 8 + 10), "seeds:run", needs=_STEPS),
+    Section("memory", "Memory of a step", START + 20, "memory:run", needs=_KERNELS),
     # Some 1,500 kernels on eight cores.
     Section("parity", "Parity: all tests", START + 1500 * KERNEL / 8, "parity:full"),
-    Section("growth", "Growth", START + 25, "growth:run", _STEPS),
+    Section("growth", "Growth", START + 25, "growth:run", needs=_STEPS),
     Section("limits", "What binds each kernel", 40, "machine:kernel_limits"),
-    Section("more-ops", "Operators at other sizes", 200, "op_speed:run_more", _KERNELS),
-    Section("more-steps", "Other training steps", 600, "step_speed:run_more", _STEPS),
+    Section("more-ops", "Operators at other sizes", 200, "op_speed:run_more", needs=_KERNELS),
+    Section("more-steps", "Other training steps", 600, "step_speed:run_more", needs=_STEPS),
 )  # fmt: skip
