@@ -2,7 +2,7 @@
 
     pytest bench/test_step.py
 
-Each group is one table: the rows are timed one after the other. `python bench/gpu.py --only step`
+Each group is one table: the rows are timed one after the other. `python bench/gpu.py --only steps`
 times them in interleaved rounds instead (add `--device cpu` where there is no GPU).
 """
 
