@@ -110,7 +110,8 @@ def _run(
                 warmers = Warmers(later, settings)
             run_section(section, settings, found, report.write)
             if warmers is not None:  # nothing is timed beside them
-                results["warm"] = warmers.wait(limit - (time.monotonic() - began))
+                until = began + min(limit, 2 * section.seconds)
+                results["warm"] = warmers.wait(until - time.monotonic())
                 warmers = None
             found["section_seconds"] = round(time.monotonic() - began, 1)
             report.write()

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,14 +44,16 @@ def run_more(settings: Settings) -> Iterator[Found]:
 
 def warm(settings: Settings) -> Iterator[Found]:
     """Compile every so-manieth core case and run it once: what `run` does before it times."""
-    # Which variant of a kernel is the fastest is not to be decided while others use the device.
     part, parts = settings.part
-    with inductor_config.patch(autotune_local_cache=False):
-        yield from each(
-            core_cases(settings)[part::parts],
-            lambda case: [{"compiled": str(_computes(case, settings.device)[0])}],
-            settings,
-        )
+    cases = [case for case in core_cases(settings) if not _too_large(case, settings.device)]
+
+    def compiled(case: Case) -> list[dict[str, Any]]:
+        _computes(case, settings.device)
+        return [{"compiled": str(case)}]
+
+    # Which variant of a kernel is the fastest is not to be decided while others use the device.
+    with inductor_config.patch(autotune_local_cache=False), _as_timed(settings.device):
+        yield from each(cases[part::parts], compiled, settings)
 
 
 def core_cases(settings: Settings) -> list[Case]:
@@ -87,10 +89,16 @@ def _timed(cases: list[Case], settings: Settings) -> Iterator[Found]:
             yield "left_out", f"{case}: {problem}"
         else:
             fitting.append(case)
-    # The backward pass alone is run again on one forward pass, which buffers that it may
-    # overwrite do not survive.
-    with functorch_config.patch(donated_buffer=False), _side_stream(settings.device):
+    with _as_timed(settings.device):
         yield from each(fitting, partial(_measure, settings=settings), settings)
+
+
+@contextmanager
+def _as_timed(device: torch.device) -> Iterator[None]:
+    """The backward pass alone is run again on one forward pass, which buffers that it may
+    overwrite do not survive."""
+    with functorch_config.patch(donated_buffer=False), _side_stream(device):
+        yield
 
 
 def _too_large(case: Case, device: torch.device) -> str:
@@ -100,7 +108,7 @@ def _too_large(case: Case, device: torch.device) -> str:
     return "" if fits else "does not fit in the free memory"
 
 
-def _computes(case: Case, device: torch.device) -> tuple[Case, Tensors, dict[str, Compute]]:
+def _computes(case: Case, device: torch.device) -> tuple[Tensors, dict[str, Compute]]:
     """The three, compiled and seen to agree on the inputs."""
     torch._dynamo.reset()
     inputs = case.op.make(case.rows, case.columns, case.dtype, device)
@@ -110,11 +118,11 @@ def _computes(case: Case, device: torch.device) -> tuple[Case, Tensors, dict[str
         "fastvae": case.op.fastvae,
     }
     check_agreement(case, computes, inputs)
-    return case, inputs, computes
+    return inputs, computes
 
 
 def _measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
-    _, first, computes = _computes(case, settings.device)
+    first, computes = _computes(case, settings.device)
     inputs = [first, *_more_input_sets(case, settings.device)]
     rows = []
     for direction in _directions(case):

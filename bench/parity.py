@@ -67,7 +67,7 @@ class Suite:
 
 SMOKE = (
     Suite("kernels", _OF_KERNELS, _ONCE),
-    Suite("replay", (f"{_STEPS}/test_replay_cuda.py",), "plain_steps and (plain or bf16)", True),
+    Suite("replay", (f"{_STEPS}/test_replay_cuda.py",), "200 and (bf16 or importance)", True),
     Suite("compiled", (f"{_STEPS}/test_compiled_cuda.py",), "", True),
 )
 FULL = (

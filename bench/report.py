@@ -336,7 +336,8 @@ def _replayed(found: Row) -> str:
 def _train(section: Row) -> Iterator[str]:
     yield (
         f"Preset `{section['preset']}` at batch {section['batch']} on {section['data']}, by "
-        "`fastvae.training.train`, as the command calls it, each time with one thing more. "
+        "`fastvae.training.train`, as the command calls it, each time with one thing more; not "
+        "compiled, as `--compile auto` decides for runs of this length, on a GPU replayed. "
         "Seconds: of the call, from outside. Images a second, log: as the run says them, without "
         "evaluations and checkpoints; outside: images over the seconds beyond those of the run of "
         "few steps. Lost: seconds beyond the row above, as a share of the row's own steps.\n"

@@ -83,7 +83,7 @@ class Warmers:
         share = min(1.0, (os.cpu_count() or 1) / 16)
         self.began = time.monotonic()
         self.processes = [
-            _Process(section.warm, replace(settings, part=(part, parts)))
+            _Process(section.warm, replace(settings, part=(part, parts)), compilers=4)
             for section in sections
             if section.warm and (parts := max(1, round(share * section.warmers)))
             for part in range(parts)
@@ -115,7 +115,11 @@ class Warmers:
 class _Process:
     """One that runs MODULE:FUNCTION by `serve`, with all that it starts."""
 
-    def __init__(self, run: str, settings: Settings) -> None:
+    def __init__(self, run: str, settings: Settings, *, compilers: int | None = None) -> None:
+        """`compilers`: how many processes Inductor starts of its own; None: one for each core."""
+        environment = dict(os.environ)
+        if compilers is not None:
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(compilers)
         self.folder = tempfile.TemporaryDirectory()
         self.path, self.log = (Path(self.folder.name) / name for name in ("lines", "log"))
         self.path.touch()
@@ -131,6 +135,7 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 cwd=ROOT,
+                env=environment,
             )
 
     def __enter__(self) -> "_Process":

@@ -60,7 +60,7 @@ SECTIONS = (
         warm="step_speed:warm", warmers=5,
     ),
     # Six runs that begin, evaluate and draw their pictures; four of 20,000 steps.
-    Section("train", "Whole runs", START + STEP + 6 * 2 + 4 * 3, "train_speed:run", needs=_STEPS),
+    Section("train", "Whole runs", START + 6 * 2 + 4 * 3, "train_speed:run", needs=_STEPS),
     # Two processes: start, compilation, 16,000 steps at half a millisecond, scoring.
     Section("speedrun", "Time to quality", 2 * (START + STEP + 8 + 10), "seeds:run", needs=_STEPS),
     Section("memory", "Memory of a step", START + 20, "memory:run", needs=_KERNELS),

@@ -26,7 +26,8 @@ def run(settings: Settings) -> Iterator[Found]:
     given = (
         ["--quick", "--data", "digits"] if settings.quick else ["--data-dir", settings.mnist_dir]
     )
-    with tempfile.TemporaryDirectory() as name:
+    # What is still written when the time is up needs no folder.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder, done = Path(name), 0
         command = [
             sys.executable,

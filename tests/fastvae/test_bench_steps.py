@@ -15,8 +15,9 @@ import memory
 import pytest
 import step_speed
 import torch
+import train_speed
 from measure import Timing
-from report import to_markdown
+from report import RENDER, to_markdown
 from runner import add
 from settings import ROOT, Settings
 from step_cases import (
@@ -278,6 +279,43 @@ def test_the_kernels_keep_no_noise(tmp_path: Path) -> None:
     *kernels, reference, packed_reference = map(int, done.stdout.split())
     assert len(kernels) == 2 and all(kept <= 64 for kept in kernels)  # seed and offset
     assert reference >= 5 * 300 * 4 and packed_reference >= 5 * 300 * 4
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+
+def test_what_a_whole_run_loses() -> None:
+    """Images a second from outside are those of the steps that the short run has not; what is lost
+    is the seconds beyond the row above, of those steps' seconds."""
+    rows = [
+        {
+            "kind": kind,
+            "steps": steps,
+            "seconds": seconds,
+            "lines": 1,
+            "logged_images_per_second": 1,
+        }
+        for kind, steps, seconds in (
+            ("few steps", 100, 2.0),
+            ("steps alone", 1_100, 6.0),
+            ("and its log", 1_100, 7.0),
+        )
+    ]
+    section = {"preset": "p", "data": "d", "batch": 128, "rows": rows}
+    page = "\n".join(RENDER["train"](section))
+    assert "| steps alone | 1,100 | 6.00 | 1 | 1 | 32,000 | – |" in page  # 128 × 1000 / 4
+    assert "| and its log | 1,100 | 7.00 | 1 | 1 | 25,600 | 20 % |" in page
+    assert list(RENDER["train"]({**section, "rows": []}))  # before the first has ended
+
+
+@pytest.mark.slow
+def test_whole_runs_are_timed() -> None:
+    found = gathered(train_speed.run(settings()))
+    assert not found["failures"] and not found["left_out"]
+    assert [row["kind"] for row in found["rows"]] == [kind.name for kind in train_speed.KINDS]
+    lines = [row["lines"] for row in found["rows"]]
+    assert lines[0] == lines[1] == 1 < lines[2] <= lines[3]
+    assert all(row["seconds"] > 0 < row["logged_images_per_second"] for row in found["rows"])
 
 
 # --------------------------------------------------------------------------------- the whole
