@@ -93,7 +93,8 @@ def _run(
     try:
         for place, section in enumerate(chosen):
             began = time.monotonic()
-            found = done[section.name] = {"status": "running"}
+            found: dict[str, Any] = {"status": "running"}
+            done[section.name] = found
             later = [] if place + 1 == len(chosen) else chosen[place + 1 :]
             if why := _why_not(section, done, ends - began):
                 found |= {"status": "skipped", "why": why}

@@ -66,9 +66,11 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> "Settings":
-        given = json.loads(text)
+        given: dict[str, Any] = json.loads(text)
         assert given.keys() == {field.name for field in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        for name, value in given.items():
+            given[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**given)
 
 
 def each(
