@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved
+from measure import interleaved, side_stream
 from settings import Found, Settings, each
 
 FITTED = 3
@@ -81,8 +81,6 @@ QUICK_AXES = (
 
 def run(settings: Settings) -> Iterator[Found]:
     """Time every axis; a failure names one that grows faster than its work."""
-    from step_speed import side_stream
-
     from fastvae.allocator import keep_freed_memory
     from fastvae.precision import use_matmul_precision
 

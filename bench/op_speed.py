@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
-from measure import Call, Timing, graphed, interleaved, rotating
+from measure import Call, Timing, graphed, interleaved, rotating, side_stream
 from op_cases import OPS, Case, Compute, Tensors, check_agreement, dtype_name, leaves
 from settings import Found, Settings, each
 from torch import Tensor
@@ -97,7 +97,7 @@ def _timed(cases: list[Case], settings: Settings) -> Iterator[Found]:
 def _as_timed(device: torch.device) -> Iterator[None]:
     """The backward pass alone is run again on one forward pass, which buffers that it may
     overwrite do not survive."""
-    with functorch_config.patch(donated_buffer=False), _side_stream(device):
+    with functorch_config.patch(donated_buffer=False), side_stream(device):
         yield
 
 
@@ -282,12 +282,3 @@ def _gradients(outputs: Tensors, mean: bool) -> list[Tensor]:
 
 def _ratio(timings: dict[str, Timing], rival: str) -> float:
     return timings[rival].median / timings["fastvae"].median
-
-
-def _side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A CUDA graph is captured on a stream of its own, where its forward pass must have run."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)

@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
-from measure import Timing, interleaved
+from measure import Timing, interleaved, side_stream
 from settings import Found, Settings, each
 from step_cases import (
     WHAT,
@@ -188,12 +187,3 @@ def missed(batch: int, timings: dict[str, Timing], ratios: dict[str, float]) -> 
     if steps and 1 / timings["fastvae"].median < steps:
         found.append(f"{steps:,.0f} steps/s")
     return found
-
-
-def side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A stream of its own, as in a run: on the default one nothing can be captured."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)

@@ -21,7 +21,7 @@ from step_cases import (
     make_candidate,
     why_left_out,
 )
-from step_speed import CASES, STEPS_BEFORE, WARM_STEPS, side_stream
+from step_speed import CASES, STEPS_BEFORE, WARM_STEPS
 
 from fastvae.precision import use_matmul_precision
 
@@ -36,7 +36,7 @@ def contest(request: pytest.FixtureRequest) -> Iterator[tuple[StepCase, dict[str
     torch._dynamo.reset()
     use_matmul_precision("auto", DEVICE)
     case = request.param
-    with side_stream(DEVICE):
+    with measure.side_stream(DEVICE):
         images = digit_like_images(60_000, DEVICE, case.image_shape)
         made = {
             name: make_candidate(name, case, images)

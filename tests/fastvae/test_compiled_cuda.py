@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from measure import side_stream
 from step_cases import digit_like_images, make_accelerator, make_updates
-from step_speed import side_stream
 
 from fastvae.config import Config, ModelConfig, OptimizerConfig
 
