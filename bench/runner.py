@@ -195,8 +195,6 @@ def serve(run: str, settings: Settings, path: Path) -> int:
             print("PyTorch finds no CUDA GPU")
             return NO_DEVICE
         torch.cuda.set_device(settings.device)
-    else:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     import bare  # noqa: F401  # before fastvae
 
     module, _, function = run.partition(":")

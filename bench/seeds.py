@@ -1,6 +1,7 @@
 """Time to quality: seeds of `fastvae/speedrun.py`, as many as there is time for."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ def run(settings: Settings) -> Iterator[Found]:
         ["--quick", "--data", "digits"] if settings.quick else ["--data-dir", settings.mnist_dir]
     )
     # What is still written when the time is up needs no folder.
+    on_cpu = {"ACCELERATE_USE_CPU": "true"} if settings.on == "cpu" else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder, done = Path(name), 0
         command = [
@@ -40,6 +42,7 @@ def run(settings: Settings) -> Iterator[Found]:
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(
                 [*command, "--runs", str(folder / "runs"), "--output", str(folder)],
+                env={**os.environ, **on_cpu},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

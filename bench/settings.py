@@ -96,7 +96,7 @@ def each(
         try:
             rows = list(measure(case))
         except Exception as error:
-            yield "failure", f"{name}: {type(error).__name__}: {error}"
+            yield "failure", f"{name}: {type(error).__name__}: {str(error)[:1000]}"
         else:
             yield from (("row", row) for row in rows)
         seconds = max(least, time.monotonic() - began)

@@ -9,6 +9,7 @@ decides for runs of this length; on a GPU steps are replayed.
 """
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -57,6 +58,8 @@ KINDS = (
 
 def run(settings: Settings) -> Iterator[Found]:
     """A row for each kind of run."""
+    if settings.device.type == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     steps = STEPS if settings.device.type == "cuda" else STEPS_ON_A_CPU
     steps = QUICK_STEPS if settings.quick else steps
     with tempfile.TemporaryDirectory() as name:
