@@ -12,15 +12,15 @@ A CPU takes one thread. The figure needs matplotlib.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved
-from settings import Settings
+from measure import interleaved, side_stream
+from settings import Found, Settings, each
 
 FITTED = 3
 """Points at the upper end, through which the exponent is fitted."""
@@ -50,6 +50,9 @@ class Axis:
     tolerance: float = 0.1
     """By how much the exponent of time may exceed that of work."""
 
+    def __str__(self) -> str:
+        return self.name
+
 
 AXES = {
     "cpu": (
@@ -76,47 +79,32 @@ QUICK_AXES = (
 )
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Time every axis; `failures` names those that grow faster than their work."""
-    from step_speed import side_stream
-
+def run(settings: Settings) -> Iterator[Found]:
+    """Time every axis; a failure names one that grows faster than its work."""
     from fastvae.allocator import keep_freed_memory
     from fastvae.precision import use_matmul_precision
 
     keep_freed_memory()
     use_matmul_precision("auto", settings.device)
-    threads = torch.get_num_threads()
-    if settings.device.type == "cpu":
+    on_cpu = settings.device.type == "cpu"
+    if on_cpu:
         torch.set_num_threads(1)
+    yield "facts", {"threads": 1 if on_cpu else None, "fitted": FITTED, "figure": ""}
     rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    failures: list[str] = []
+    axes = QUICK_AXES if settings.quick else AXES[settings.device.type]
     with side_stream(settings.device):
-        for axis in QUICK_AXES if settings.quick else AXES[settings.device.type]:
-            if settings.seconds_left < 5:
-                left_out.append(f"{axis.name}: no time left")
-                continue
-            try:
-                row = _measure(axis, settings)
-            except Exception as error:  # one axis must not cost the others
-                failures.append(f"{axis.name}: {type(error).__name__}: {error}")
-                continue
-            rows.append(row)
-            if not settings.quick and row["excess"] > axis.tolerance:
-                failures.append(
-                    f"{axis.name}: time grows by the power {row['exponent']:.2f} at the upper end, "
-                    f"work by {row['work_exponent']:.2f}"
-                )
-    torch.set_num_threads(threads)
-    figure = save_figure(rows, settings.figure) if settings.figure and rows else ""
-    return {
-        "figure": figure,
-        "threads": 1 if settings.device.type == "cpu" else None,
-        "fitted": FITTED,
-        "rows": rows,
-        "left_out": left_out,
-        "failures": failures,
-    }
+        for kind, value in each(axes, lambda axis: [_measure(axis, settings)], settings):
+            yield kind, value
+            if kind == "row":
+                rows.append(value)
+                if not settings.quick and value["excess"] > value["tolerance"]:
+                    yield (
+                        "failure",
+                        f"{value['axis']}: time grows by the power {value['exponent']:.2f} at the "
+                        f"upper end, work by {value['work_exponent']:.2f}",
+                    )
+    if settings.figure and rows:
+        yield "facts", {"figure": save_figure(rows, Path(settings.figure))}
 
 
 def _measure(axis: Axis, settings: Settings) -> dict[str, Any]:

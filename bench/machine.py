@@ -2,12 +2,14 @@
 
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from bare import MISSING
 from measure import interleaved
-from settings import Settings
+from settings import Found, Settings
 
 from fastvae.runs import cpu_name
 
@@ -37,8 +39,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def copy_bandwidth(settings: Settings) -> dict[str, Any]:
-    """Bytes a second of a large copy within the device's memory, read and written both counted."""
+def copy_bandwidth(settings: Settings) -> Iterator[Found]:
+    """The machine, and bytes a second of a large copy within the device's memory, read and written
+    both counted."""
+    yield "facts", {"machine": {**describe(settings.device), "missing": MISSING}}
     size = 2**24 if settings.quick or settings.device.type == "cpu" else 2**30
     if settings.device.type == "cuda":
         size = min(size, torch.cuda.mem_get_info(settings.device)[0] // 4)
@@ -51,7 +55,15 @@ def copy_bandwidth(settings: Settings) -> dict[str, Any]:
         seconds_per_round=settings.seconds_per_round,
     )["copy"]
     rate = 2 * source.nbytes / timing.median
-    return {"bytes_per_second": rate, "buffer_bytes": source.nbytes, "timing": timing.as_dict()}
+    found = {"bytes_per_second": rate, "buffer_bytes": source.nbytes, "timing": timing.as_dict()}
+    yield "facts", found
+
+
+def kernel_limits(settings: Settings) -> Iterator[Found]:
+    """Which resource binds each kernel, by `limits.py`."""
+    import limits  # needs Triton
+
+    yield "facts", limits.run(describe(settings.device), settings.copy_bytes_per_second)
 
 
 def _nvidia_smi(field: str) -> str | None:

@@ -5,48 +5,56 @@ anyway. On a GPU also the peak of allocated memory over a step, less what was he
 CPU fastvae runs its reference, which plain autograd differentiates and which keeps the noise.
 """
 
-import gc
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from measure import synchronize
 from op_cases import OPS, Tensors, leaves
-from settings import Settings
+from settings import Found, Settings, each
 from step_cases import StepCase, digit_like_images, make_accelerator, make_updates
 from step_rivals import OnDevice, plain_like
 from torch import Tensor, nn
 
-LATENTS = (64, 1024, 8192, 65536)
+LATENTS = (1024, 64, 65536, 8192)
 QUICK_LATENTS = (64,)
 ROWS = 128
 OPERATORS = ("reparameterize_kl", "reparameterize_kl_packed")
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Measure the operators alone and the whole step of the preset `mnist-mlp`, float32."""
-    rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    failures: list[str] = []
-    for latents in QUICK_LATENTS if settings.quick else LATENTS:
-        for what, measure in (*((name, _operator) for name in OPERATORS), ("step", _step)):
-            case = f"{what} at {latents} latents"
-            if settings.seconds_left < 5:
-                left_out.append(f"{case}: no time left")
-                continue
-            torch._dynamo.reset()
-            try:
-                found = measure(what, latents, settings.device)
-            except Exception as error:  # one case must not cost the others
-                failures.append(f"{case}: {type(error).__name__}: {error}")
-                continue
-            rows.append({"what": what, "rows": ROWS, "latents": latents, **found})
-            kept = found["kept"]["fastvae"]
-            if what != "step" and settings.device.type == "cuda" and kept >= ROWS * latents:
-                failures.append(f"{case}: {kept} bytes kept: is it the noise?")
-            gc.collect()
-    return {"rows": rows, "left_out": left_out, "failures": failures}
+@dataclass(frozen=True)
+class MemoryCase:
+    """An operator alone, or "step", the whole step of the preset `mnist-mlp`."""
+
+    what: str
+    latents: int
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.latents} latents"
+
+
+def run(settings: Settings) -> Iterator[Found]:
+    """Measure the operators alone and the whole step, float32."""
+    cases = [
+        MemoryCase(what, latents)
+        for latents in (QUICK_LATENTS if settings.quick else LATENTS)
+        for what in (*OPERATORS, "step")
+    ]
+    for kind, value in each(cases, partial(_measure, settings=settings), settings):
+        yield kind, value
+        if kind == "row" and value["what"] != "step" and settings.device.type == "cuda":
+            kept = value["kept"]["fastvae"]
+            if kept >= ROWS * value["latents"]:
+                yield "failure", f"{value['what']}: {kept} bytes kept: is it the noise?"
+
+
+def _measure(case: MemoryCase, settings: Settings) -> Iterator[dict[str, Any]]:
+    torch._dynamo.reset()
+    measure = _step if case.what == "step" else _operator
+    found = measure(case.what, case.latents, settings.device)
+    yield {"what": case.what, "rows": ROWS, "latents": case.latents, **found}
 
 
 def _operator(name: str, latents: int, device: torch.device) -> dict[str, Any]:
@@ -59,7 +67,7 @@ def _operator(name: str, latents: int, device: torch.device) -> dict[str, Any]:
     }
     kept: dict[str, int | None] = {}
     peak = {}
-    for each, compute in computes.items():
+    for rival, compute in computes.items():
 
         def forward(compute: Callable[..., Tensors] = compute) -> Tensors:
             return compute(*inputs)
@@ -70,8 +78,8 @@ def _operator(name: str, latents: int, device: torch.device) -> dict[str, Any]:
             torch.autograd.grad(outputs, leaves(inputs), gradients)
 
         step()  # whatever compiles has compiled
-        kept[each] = kept_bytes(forward, inputs)
-        peak[each] = peak_bytes(step, device)
+        kept[rival] = kept_bytes(forward, inputs)
+        peak[rival] = peak_bytes(step, device)
     return {"kept": kept, "peak": peak}
 
 

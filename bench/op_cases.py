@@ -20,6 +20,8 @@ Make = Callable[[int, int, torch.dtype, torch.device], Tensors]
 
 SEED, OFFSET = 2024, 10**6
 SAMPLES = 8
+MIXTURES, COLOURS = 5, 3
+PARAMETERS = kernels.logistic_mixture_channels(MIXTURES, COLOURS)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ LATENTS = (
 )
 PIXELS = ((2**16, 784), (2**10, 784), (2**14, 4096))
 ONCE = ((2**16, 1024),)
+# A large one, far beyond any cache, and one of a common training step.
+CORE_LATENTS = ((2**18, 256), (2**10, 64))
+CORE_PIXELS = ((2**16, 784), (2**7, 784))
+CORE_IMAGES = ((2**11, 1024), (2**7, 1024))  # of 32 × 32 pixels in three colours
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,10 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     sizes: tuple[tuple[int, int], ...] = ONCE
     """At which it is timed on a GPU."""
+    core: tuple[tuple[int, int], ...] = ()
+    """Two of the sizes, a large one and a typical one, which are timed first; none: neither."""
+    width: int = 1
+    """Values that an input has for each column: a mixture's parameters of a pixel."""
     mean: bool = False
     """Its rows are averaged, so that the gradient that meets each is 1/B, as in training."""
 
@@ -116,6 +126,16 @@ def _data_set(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
     images = torch.randint(256, (rows, columns), dtype=torch.uint8, device=device)
     seed, offset = (torch.tensor(n, device=device) for n in (SEED, OFFSET))
     return images, seed, offset, torch.randperm(rows, device=device)
+
+
+def _images(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """Square images of so many pixels, and the parameters of a mixture for each pixel."""
+    side = math.isqrt(columns)
+    assert side**2 == columns
+    shape = (rows, PARAMETERS, side, side)
+    parameters = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+    target = torch.randint(256, (rows, COLOURS, side, side), dtype=torch.uint8, device=device)
+    return parameters, target
 
 
 def _place(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensors:
@@ -228,6 +248,16 @@ def _pytorch_gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor) -> Tenso
     return (0.5 * terms.sum(1),)
 
 
+def _fastvae_logistic_mixture(parameters: Tensor, target: Tensor, impl: Impl = "auto") -> Tensors:
+    return (kernels.logistic_mixture_nll(parameters, target, mixtures=MIXTURES, impl=impl),)
+
+
+def _pytorch_logistic_mixture(parameters: Tensor, target: Tensor) -> Tensors:
+    """The library's own reference: code that is passed on loses what float32 cannot hold where a
+    bin is narrow, and would not agree."""
+    return _fastvae_logistic_mixture(parameters, target, impl="torch")
+
+
 def _unit_interval(target: Tensor) -> Tensor:
     return target.float() / 255 if target.dtype == torch.uint8 else target.float()
 
@@ -269,6 +299,7 @@ OPS = (
         backward=Bytes(items=5),  # mu, logvar, grad_z, grad_kl → grad_mu, grad_logvar
         is_random=True,
         sizes=LATENTS,
+        core=CORE_LATENTS,
     ),
     Op(
         "reparameterize_kl_packed",
@@ -289,6 +320,7 @@ OPS = (
         backward=Bytes(items=4 + SAMPLES),  # and grad_z, grad_kl → grad_mu, grad_logvar
         is_random=True,
         samples=SAMPLES,
+        core=((2**16, 256), (2**10, 64)),
     ),
     Op(
         "reparameterize_kl, given prior",
@@ -298,6 +330,7 @@ OPS = (
         forward=Bytes(items=5),  # mu, logvar, prior_mu, prior_logvar → z, kl
         backward=Bytes(items=9),  # and grad_z, grad_kl → the gradients of all four
         is_random=True,
+        core=CORE_LATENTS,
     ),
     Op(
         "bernoulli_nll, uint8 target",
@@ -307,6 +340,7 @@ OPS = (
         forward=Bytes(items=1, single=1),  # logits, target → nll
         backward=Bytes(items=2, single=1),  # logits, target, grad_nll → grad_logits
         sizes=PIXELS,
+        core=CORE_PIXELS,
     ),
     Op(
         "bernoulli_nll, row_weight",
@@ -334,6 +368,7 @@ OPS = (
         forward=Bytes(items=1, single=1),  # mean, target → nll
         backward=Bytes(items=2, single=1, row=8),  # and nll, grad_nll → grad_mean
         sizes=PIXELS,
+        core=CORE_PIXELS,
     ),
     Op(
         "gaussian_nll, row_weight",
@@ -363,6 +398,19 @@ OPS = (
         is_random=True,
         dtypes=(torch.float32,),
         sizes=PIXELS,
+    ),
+    Op(
+        "logistic_mixture_nll, colour",
+        _images,
+        _fastvae_logistic_mixture,
+        _pytorch_logistic_mixture,
+        # parameters, target → nll, and two float32 of each pixel for the backward pass
+        forward=Bytes(items=PARAMETERS, single=COLOURS + 8),
+        # parameters, target, those two, grad_nll → grad_parameters
+        backward=Bytes(items=2 * PARAMETERS, single=COLOURS + 8),
+        width=PARAMETERS,
+        sizes=((2**7, 256),),
+        core=CORE_IMAGES,
     ),
     Op(
         "normal",
@@ -408,7 +456,7 @@ class Case:
 
     @property
     def input_bytes(self) -> int:
-        return self.rows * self.columns * self.dtype.itemsize
+        return self.rows * self.columns * self.op.width * self.dtype.itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,19 +1,20 @@
 """Every operator against PyTorch, eager and compiled: each size, dtype and direction."""
 
-import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from measure import Call, Timing, graphed, interleaved, rotating, synchronize
+import torch._inductor.config as inductor_config
+from measure import Call, Timing, graphed, interleaved, rotating, side_stream
 from op_cases import OPS, Case, Compute, Tensors, check_agreement, dtype_name, leaves
-from settings import Settings
+from settings import Found, Settings, each
 from torch import Tensor
 
-QUICK_SIZES = [(64, 16), (32, 256)]
+QUICK_SIZES = ((32, 256),)
 # Larger than this and launching takes no time beside the work: no graph is needed to see it.
 GRAPHED_BYTES = 2**28
 # What the slowest of the three keeps at once, in tensors like an input.
@@ -31,36 +32,73 @@ TARGETS = {
 }
 
 
-def run(settings: Settings, copy_bytes_per_second: float) -> dict[str, Any]:
-    """Time what there is time for. `left_out` names the rest, `failures` what went wrong."""
-    results: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    failures: list[str] = []
-    # The backward pass alone is run again on one forward pass, which buffers that it may
-    # overwrite do not survive.
-    with functorch_config.patch(donated_buffer=False), _side_stream(settings.device):
-        for case in _cases(settings):
-            if settings.seconds_left < 5:
-                left_out.append(f"{case}: no time left")
-            elif problem := _too_large(case, settings.device):
-                left_out.append(f"{case}: {problem}")
-            else:
-                try:
-                    results += _measure(case, settings, copy_bytes_per_second)
-                except Exception as error:  # one case must not cost the others
-                    failures.append(f"{case}: {type(error).__name__}: {error}")
-                _forget(settings.device)
-    return {"rows": results, "left_out": left_out, "failures": failures}
+def run(settings: Settings) -> Iterator[Found]:
+    """Time the operators that training calls most, each at a large and a common size."""
+    yield from _timed(core_cases(settings), settings)
 
 
-def _cases(settings: Settings) -> Iterator[Case]:
-    """The first size of every operator, then the second, …: what the time does not reach are the
-    later sizes."""
+def run_more(settings: Settings) -> Iterator[Found]:
+    """Time what `run` leaves out: the first size of every operator, then the second, …"""
+    yield from _timed(more_cases(settings), settings)
+
+
+def warm(settings: Settings) -> Iterator[Found]:
+    """Compile every so-manieth core case and run it once: what `run` does before it times."""
+    part, parts = settings.part
+    cases = [case for case in core_cases(settings) if not _too_large(case, settings.device)]
+
+    def compiled(case: Case) -> list[dict[str, Any]]:
+        _computes(case, settings.device)
+        return [{"compiled": str(case)}]
+
+    # Which variant of a kernel is the fastest is not to be decided while others use the device.
+    with inductor_config.patch(autotune_local_cache=False), _as_timed(settings.device):
+        yield from each(cases[part::parts], compiled, settings)
+
+
+def core_cases(settings: Settings) -> list[Case]:
+    """The large sizes of all first."""
+    most = max(len(op.core) for op in OPS)
+    return [
+        Case(op, *size, dtype)
+        for place in range(1 if settings.quick else most)
+        for op in OPS
+        for size in (QUICK_SIZES if settings.quick and op.core else op.core)[place : place + 1]
+        for dtype in op.dtypes
+    ]
+
+
+def more_cases(settings: Settings) -> list[Case]:
+    """The first size of every operator, then the second, …; those apart that are core cases."""
     sizes = {op.name: QUICK_SIZES if settings.quick else op.sizes for op in OPS}
-    for place in range(max(map(len, sizes.values()))):
-        for op in OPS:
-            for rows, columns in sizes[op.name][place : place + 1]:
-                yield from (Case(op, rows, columns, dtype) for dtype in op.dtypes)
+    every = [
+        Case(op, *size, dtype)
+        for place in range(max(map(len, sizes.values())))
+        for op in OPS
+        for size in sizes[op.name][place : place + 1]
+        for dtype in op.dtypes
+    ]
+    core = set(map(str, core_cases(settings)))
+    return [case for case in every if str(case) not in core]
+
+
+def _timed(cases: list[Case], settings: Settings) -> Iterator[Found]:
+    fitting = []
+    for case in cases:
+        if problem := _too_large(case, settings.device):
+            yield "left_out", f"{case}: {problem}"
+        else:
+            fitting.append(case)
+    with _as_timed(settings.device):
+        yield from each(fitting, partial(_measure, settings=settings), settings)
+
+
+@contextmanager
+def _as_timed(device: torch.device) -> Iterator[None]:
+    """The backward pass alone is run again on one forward pass, which buffers that it may
+    overwrite do not survive."""
+    with functorch_config.patch(donated_buffer=False), side_stream(device):
+        yield
 
 
 def _too_large(case: Case, device: torch.device) -> str:
@@ -70,15 +108,22 @@ def _too_large(case: Case, device: torch.device) -> str:
     return "" if fits else "does not fit in the free memory"
 
 
-def _measure(case: Case, settings: Settings, copy_bytes_per_second: float) -> list[dict[str, Any]]:
-    inputs = _input_sets(case, settings.device)
+def _computes(case: Case, device: torch.device) -> tuple[Tensors, dict[str, Compute]]:
+    """The three, compiled and seen to agree on the inputs."""
     torch._dynamo.reset()
+    inputs = case.op.make(case.rows, case.columns, case.dtype, device)
     computes: dict[str, Compute] = {
         "pytorch": case.op.pytorch,
         "compiled": torch.compile(case.op.pytorch, fullgraph=True, dynamic=False),
         "fastvae": case.op.fastvae,
     }
-    check_agreement(case, computes, inputs[0])
+    check_agreement(case, computes, inputs)
+    return inputs, computes
+
+
+def _measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
+    first, computes = _computes(case, settings.device)
+    inputs = [first, *_more_input_sets(case, settings.device)]
     rows = []
     for direction in _directions(case):
         calls = {name: _calls(direction, f, inputs, case.op.mean) for name, f in computes.items()}
@@ -92,7 +137,7 @@ def _measure(case: Case, settings: Settings, copy_bytes_per_second: float) -> li
         rate = case.bytes(direction) / on_device["fastvae"].median
         beyond_cache = case.bytes(direction) > _cache_bytes(settings.device)
         ratios = {name: _ratio(on_device, name) for name in ("pytorch", "compiled")}
-        share = rate / copy_bytes_per_second
+        share = rate / (settings.copy_bytes_per_second or float("nan"))
         rows.append(
             {
                 "op": case.op.name,
@@ -191,12 +236,12 @@ def _on_device(
     return scaled, "CUDA graph"
 
 
-def _input_sets(case: Case, device: torch.device) -> list[Tensors]:
-    """Several sets where one would stay in the cache: together four times its size."""
+def _more_input_sets(case: Case, device: torch.device) -> list[Tensors]:
+    """Further sets where one would stay in the cache: together four times its size."""
     sets = 2
     if device.type == "cuda":
         sets = max(1, min(MOST_INPUT_SETS, -(-4 * _cache_bytes(device) // case.input_bytes)))
-    return [case.op.make(case.rows, case.columns, case.dtype, device) for _ in range(sets)]
+    return [case.op.make(case.rows, case.columns, case.dtype, device) for _ in range(sets - 1)]
 
 
 def _calls(direction: str, compute: Compute, inputs: list[Tensors], mean: bool) -> list[Call]:
@@ -237,19 +282,3 @@ def _gradients(outputs: Tensors, mean: bool) -> list[Tensor]:
 
 def _ratio(timings: dict[str, Timing], rival: str) -> float:
     return timings[rival].median / timings["fastvae"].median
-
-
-def _side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A CUDA graph is captured on a stream of its own, where its forward pass must have run."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
-
-
-def _forget(device: torch.device) -> None:
-    synchronize(device)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

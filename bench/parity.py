@@ -1,6 +1,13 @@
-"""Whether the kernels compute what they should: speed counts for nothing otherwise."""
+"""Whether the kernels compute what they should: speed counts for nothing otherwise.
 
+Each row is one suite of tests, in a pytest of its own, handed over as soon as it ends. A suite
+that is green is remembered in the library's cache: by the source of everything that it runs, the
+machine and the versions. The same run on the same machine takes it from there.
+"""
+
+import hashlib
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -11,84 +18,177 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bare import MISSING
-from settings import ROOT, Settings
+from fastvae_kernels.cpu.build import cache_folder
+from machine import describe
+from settings import ROOT, Found, Settings
 
-# Of the training step, on a GPU. They do without conftest.py, which needs the command line's
-# packages.
-REPLAY = "tests/fastvae/test_replay_cuda.py"
-WAITS = "tests/fastvae/test_no_host_waits_cuda.py"
-FAULTS = "tests/fastvae/test_faults_cuda.py"
+Row = dict[str, Any]
 
-
-class Red(Exception):
-    """Parity is not shown; carries what was found."""
-
-    def __init__(self, message: str, found: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.found = found
-
-
-def run(settings: Settings) -> dict[str, Any]:
-    """Run the parity tests in processes of their own. Raises Red unless all are green and, on a
-    GPU, the Triton kernels were among what was tested.
-
-    `red` says what is wrong with the kernels and with replayed steps, of which no speed is then
-    reported; a host that waits, or a fault that is not handled, is a failure too, but makes no
-    speed wrong.
-    """
-    quick = ["-k", "test_shapes or test_layouts"] if settings.quick else []
-    found, problem = _pytest([*settings.tests, *_in_parallel(settings), *quick])
-    if not problem and settings.device.type == "cuda" and not found["kernels_on_gpu"]:
-        problem = "no test ran the Triton kernels on the GPU"
-    found["not_importable"] = _not_importable()
-    found["replay"], replay_problem = _pytest([REPLAY, "--noconftest"])
-    found["waits"], waits_problem = _pytest([WAITS, "--noconftest"])
-    found["faults"], faults_problem = _pytest([FAULTS, "--noconftest"])
-    found["red"] = {"kernels": problem, "replay": replay_problem}
-    problems = [p for p in (problem, replay_problem, waits_problem, faults_problem) if p]
-    if problems:
-        raise Red("\n\n".join(problems), found)
-    return found
+# Every kernel in every dtype, and every kind of stride (none, a row's, a column's, 0, unaligned)
+# in float32; rows that several programs share; data sets read through indices; gradients written
+# ahead.
+_ONCE = (
+    "(test_layouts and not test_layouts_of and (contiguous or float32 and"
+    " (transposed or packed_second or channels_last or expanded_batch or sliced or unaligned)))"
+    " or test_dtypes_with_samples_and_prior"
+    " or (test_layouts_of_the_prior and transposed)"
+    " or (test_packed_is_the_same_bit_for_bit and rows and None and both)"
+    " or (test_layouts_of_the_data_set and sliced)"
+    " or (test_shapes and float32 and 20000)"
+    " or (test_row_weight and test_shapes and bfloat16 and 507)"
+)
+_MODULES = sorted((ROOT / "kernels" / "fastvae_kernels" / "triton_kernels").glob("[!_]*.py"))
+_OF_KERNELS = tuple(
+    f"tests/kernels/test_{name}.py"
+    for name in (*(module.stem for module in _MODULES), "indices", "row_weight")
+    if (ROOT / "tests" / "kernels" / f"test_{name}.py").exists()
+)
+# Of the training step. They do without conftest.py, which needs the command line's packages.
+_STEPS = "tests/fastvae"
 
 
-def _pytest(arguments: list[str]) -> tuple[dict[str, Any], str]:
-    """What the tests found, and the end of what pytest said unless they are green."""
-    began = time.monotonic()
+@dataclass(frozen=True)
+class Suite:
+    """Some tests that run together, and what is known of the rest if they are green."""
+
+    name: str
+    tests: tuple[str, ...]
+    chosen: str = ""
+    """As pytest's -k; all unless given."""
+    of_steps: bool = False
+
+
+SMOKE = (
+    Suite("kernels", _OF_KERNELS, _ONCE),
+    Suite("replay", (f"{_STEPS}/test_replay_cuda.py",), "200 and (bf16 or importance)", True),
+    Suite("compiled", (f"{_STEPS}/test_compiled_cuda.py",), "", True),
+)
+FULL = (
+    Suite("kernels", ("tests/kernels",)),
+    Suite("replay", (f"{_STEPS}/test_replay_cuda.py",), "", True),
+    Suite("waits", (f"{_STEPS}/test_no_host_waits_cuda.py",), "", True),
+    Suite("faults", (f"{_STEPS}/test_faults_cuda.py",), "", True),
+)
+
+
+def smoke(settings: Settings) -> Iterator[Found]:
+    """What must be green before anything is timed, in under a minute."""
+    yield from run(SMOKE, settings)
+
+
+def full(settings: Settings) -> Iterator[Found]:
+    """Everything. Of what is red here, no speed that was found before counts."""
+    yield from run(FULL, settings)
+    yield "facts", {"not_importable": _not_importable()}
+
+
+def run(suites: tuple[Suite, ...], settings: Settings) -> Iterator[Found]:
+    """All suites at once; a row for each as it ends. `green`: its tests passed, and on a GPU some
+    ran there; `problem` says what is wrong; neither where it did not end in time."""
+    machine = describe(settings.device)
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *arguments, "-q", f"--junitxml={report}"]
-        command += ["-m", "not slow", "-p", "no:cacheprovider"]
-        environment = dict(os.environ)
-        paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420
-        )
-        found = _counted(report)
-    found |= {
-        "command": shlex.join(["pytest", *command[3:]]).replace(str(report), "REPORT"),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    if not done.returncode:
-        return found, ""
-    tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-40:])
-    return found, f"{found['command']} ended with status {done.returncode}:\n{tail}"
+        running = {}
+        for suite in suites:
+            command = _command(suite, settings)
+            kept = _kept(command, machine)
+            if kept.exists() and not settings.fresh:
+                yield "row", {**json.loads(kept.read_text()), "seen_before": True}
+            else:
+                running[suite.name] = _Run(suite, command, Path(folder), kept)
+        while running:
+            late = settings.seconds_left < 0
+            for name, each in list(running.items()):
+                if each.process.poll() is not None or late:
+                    del running[name]
+                    yield "row", (row := each.row(settings.device.type))
+                    if row["problem"] or not row["green"]:
+                        yield "failure", row["problem"] or f"{row['command']}: no time left"
+            time.sleep(0.05)
 
 
-def _in_parallel(settings: Settings) -> list[str]:
-    """Where pytest-xdist is there, several processes: most of the time is Triton's compiler."""
-    workers = min(8, (os.cpu_count() or 1) // 2)
-    if settings.device.type != "cuda" or workers < 2 or find_spec("xdist") is None:
-        return []
-    return ["-n", str(workers)]
+def _command(suite: Suite, settings: Settings) -> list[str]:
+    """Pytest's arguments."""
+    on_gpu = settings.device.type == "cuda"
+    chosen = suite.chosen
+    if suite.of_steps:
+        command = [*suite.tests, "--noconftest", "-m", "not slow"]
+    elif on_gpu:
+        chosen = f"triton-cuda and ({chosen})" if chosen else ""
+        command = [*suite.tests, "-m", "gpu and not slow"]
+        # Where pytest-xdist is there, several processes: most of the time is Triton's compiler.
+        workers = min(12, (os.cpu_count() or 1) // 2)
+        command += ["-n", str(workers)] if workers > 1 and find_spec("xdist") is not None else []
+    else:
+        command = [*suite.tests, "-m", "not slow"]
+    if settings.quick and not suite.of_steps:
+        command, chosen = ["tests/kernels/test_bernoulli_nll.py"], "test_layouts and contiguous"
+    return [*command, "-q", "-p", "no:cacheprovider", *(["-k", chosen] if chosen else [])]
 
 
-def _counted(report: Path) -> dict[str, Any]:
+class _Run:
+    """One pytest that runs."""
+
+    def __init__(self, suite: Suite, command: list[str], folder: Path, kept: Path) -> None:
+        self.suite, self.command, self.kept = suite, command, kept
+        self.report, self.log = (folder / f"{suite.name}{end}" for end in (".xml", ".log"))
+        self.began = time.monotonic()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", *command, f"--junitxml={self.report}"],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def row(self, device: str) -> Row:
+        """What came of it, kept if it is green. One that runs still is ended."""
+        status = self.process.poll()
+        if status is None:
+            self.process.kill()
+            self.process.wait()
+        found = _counted(self.report)
+        problem = ""
+        if status:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            problem = f"ended with status {status}:\n" + "\n".join(lines[-40:])
+        elif status == 0 and device == "cuda":
+            ran = found["passed"] if self.suite.of_steps else found["kernels_on_gpu"]
+            problem = "" if ran else "no test ran on the GPU"
+        command = shlex.join(["pytest", *self.command])
+        row = {
+            "suite": self.suite.name,
+            "command": command,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "green": status == 0 and not problem,
+            "problem": f"{command}: {problem}" if problem else "",
+            "seen_before": False,
+            **found,
+        }
+        if row["green"]:
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            self.kept.write_text(json.dumps(row))
+        return row
+
+
+def _kept(command: list[str], machine: dict[str, Any]) -> Path:
+    """Where the outcome of these tests, of this code, on this machine is remembered."""
+    digest = hashlib.sha256(json.dumps([command, machine]).encode())
+    for name in ("fastvae", "kernels", "tests", "bench"):
+        for file in sorted((ROOT / name).rglob("*.[pc]*")):
+            if file.suffix in (".py", ".c"):
+                digest.update(f"\0{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return cache_folder() / "parity" / f"{digest.hexdigest()[:32]}.json"
+
+
+def _counted(report: Path) -> Row:
     """How many tests passed, failed and were left out, and why."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -108,8 +208,8 @@ def _counted(report: Path) -> dict[str, Any]:
     return {
         **{key: outcomes[key] for key in ("passed", "failed", "skipped")},
         "kernels_on_gpu": kernels_on_gpu,
-        "failures": failures,
-        "left_out": dict(reasons),
+        "failed_tests": failures,
+        "skipped_because": dict(reasons),
     }
 
 

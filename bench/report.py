@@ -1,34 +1,31 @@
 """The results as tables: Markdown to keep, and a short one for the terminal."""
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any
 
+from sections import SECTIONS
+
 Row = dict[str, Any]
 
+PARITY = ("smoke", "parity")
 PAPER_STEPS = 3280 * 60_000 // 20
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """The whole report."""
+    """The whole report, of a run that goes on, too."""
     sections = results["sections"]
     parts = [_head(results)]
-    for name, render in (
-        ("parity", _parity),
-        ("copy", _copy),
-        ("ops", _ops),
-        ("limits", _limits),
-        ("step", _step),
-        ("memory", _memory),
-        ("growth", _growth),
-        ("speedrun", _speedrun),
-    ):
-        if name in sections:
-            parts.append("\n".join(_section(name, sections[name], render)))
+    for section in SECTIONS:
+        if section.name in sections:
+            render = RENDER[section.name]
+            parts.append("\n".join(_section(section.title, sections[section.name], render)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -36,7 +33,7 @@ def short_table(results: dict[str, Any]) -> str:
     """What a terminal should show last."""
     lines = [""]
     sections = results["sections"]
-    for row in sections.get("ops", {}).get("rows", []):
+    for row in _rows(sections, "ops", "more-ops"):
         if row["direction"] == "forward+backward" or row["op"] in ("normal", "uniform"):
             lines.append(
                 f"{row['op']:<31}{row['dtype']:<9}{row['rows']:>7} × {row['columns']:<5}"
@@ -45,11 +42,13 @@ def short_table(results: dict[str, Any]) -> str:
                 f"eager {row['pytorch_over_fastvae']:5.2f}× "
                 f"compiled {row['compiled_over_fastvae']:5.2f}×"
             )
-    for row in sections.get("step", {}).get("rows", []):
+    for row in _rows(sections, "steps", "more-steps"):
         rates = row["images_per_second"]
         shown = "  ".join(f"{name} {rate['median']:,.0f}" for name, rate in rates.items())
         lines.append(f"step {row['case']}, images/s:  {shown}")
-    for row in sections.get("growth", {}).get("rows", []):
+    if share := _shares(_rows(sections, "train")):
+        lines.append(f"whole runs: {share}")
+    for row in _rows(sections, "growth"):
         lines.append(
             f"growth {row['axis']}: time by the power {row['exponent']:.2f}, "
             f"work by {row['work_exponent']:.2f}"
@@ -65,69 +64,86 @@ def short_table(results: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------- sections
 
 
+def _rows(sections: dict[str, Row], *names: str) -> list[Row]:
+    return [row for name in names for row in sections.get(name, {}).get("rows", [])]
+
+
 def _head(results: dict[str, Any]) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
-    quick = "\n\n**A quick run at tiny sizes: no number in it means anything.**"
-    return (
-        f"# {machine['device']}, {results['date'][:10]}\n\n"
-        f"`{results['command']}`, {results['date']}\n\n"
-        f"{machine['device']}{driver}; {machine['cpu']}; {machine['system']}; {versions}.\n\n"
-        f"All timings: {results['rounds']} rounds, the candidates of a row taking turns in each; "
-        "the median, and in brackets the quartiles." + (quick if results["quick"] else "")
+    remarks = []
+    if results["quick"]:
+        remarks.append("**A quick run at tiny sizes: no number in it means anything.**")
+    if results["cut"]:
+        remarks.append("**Not at its end: it goes on, or was cut.**")
+    if red := [row["suite"] for row in _rows(results["sections"], *PARITY) if row["problem"]]:
+        remarks.append(f"**Parity is red ({', '.join(red)}): no speed of what it tests counts.**")
+    if warm := results.get("warm"):
+        remarks.append(
+            f"{warm['processes']} processes compiled {warm['cases']} cases ahead, beside the first "
+            f"parity tests, in {warm['seconds']} s; {warm['ended']} of them ended in that time. "
+            "Nothing was timed meanwhile."
+        )
+    return "\n\n".join(
+        [
+            f"# {machine['device']}, {results['date'][:10]}",
+            f"`{results['command']}`, {results['date']}",
+            f"{machine['device']}{driver}; {machine['cpu']}; {machine['system']}; {versions}.",
+            f"All timings: {results['rounds']} rounds, the candidates of a row taking turns in "
+            "each; the median, and in brackets the quartiles.",
+            *remarks,
+        ]
     )
 
 
-def _section(name: str, section: Row, render: Any) -> Iterator[str]:
-    titles = {
-        "parity": "Parity",
-        "copy": "Copying memory",
-        "ops": "Operators",
-        "limits": "What binds each kernel",
-        "step": "Training step",
-        "memory": "Memory of a step",
-        "growth": "Growth",
-        "speedrun": "Time to quality",
-    }
-    yield f"## {titles[name]}\n"
+def _section(title: str, section: Row, render: Any) -> Iterator[str]:
+    yield f"## {title}\n"
     if section["status"] == "skipped":
         yield f"Skipped: {section['why']}."
         return
-    if section["status"] == "failed":
-        yield f"**Failed:**\n\n```\n{section['error']}\n```\n"
-    try:
+    if section["status"] == "running":
+        yield "**Not at its end.**\n"
+    with contextlib.suppress(KeyError):  # it ended before it had results
         yield from list(render(section))
-    except KeyError:  # a section that failed before it had results
-        return
-    if section.get("left_out") and name != "parity":
+    if section.get("failures"):
+        yield "\n**Failed:**\n"
+        yield "```"
+        yield from section["failures"]
+        yield "```"
+    if section.get("left_out"):
         yield "\nLeft out:\n"
         yield from (f"- {line}" for line in section["left_out"])
 
 
 def _parity(section: Row) -> Iterator[str]:
-    yield (
-        f"`{section['command']}`: {section['passed']} passed, {section['failed']} failed, "
-        f"{section['skipped']} skipped, in {section['seconds']} s; "
-        f"{section['kernels_on_gpu']} of those that passed ran Triton kernels on the GPU."
+    yield from _table(
+        "suite|outcome|passed|failed|skipped|on the GPU|seconds|command",
+        (
+            [
+                row["suite"],
+                ("green" if row["green"] else "red" if row["problem"] else "did not end in time")
+                + (", shown before" if row["seen_before"] else ""),
+                *(str(row[key]) for key in ("passed", "failed", "skipped")),
+                str(row["kernels_on_gpu"]),
+                str(row["seconds"]),
+                f"`{row['command']}`",
+            ]
+            for row in section["rows"]
+        ),
     )
-    titles = {"replay": "Replayed steps", "waits": "Host waits", "faults": "Faults"}
-    named = {title: section[key] for key, title in titles.items()}
-    for title, tests in named.items():
-        yield (
-            f"\n{title}: `{tests['command']}`: {tests['passed']} passed, {tests['failed']} "
-            f"failed, {tests['skipped']} skipped, in {tests['seconds']} s."
-        )
-    every = [section, *named.values()]
-    yield ""
-    yield from (f"- failed: {name}" for tests in every for name in tests["failures"])
+    yield (
+        "\nShown before: by the same code, on the same machine and versions. On the GPU: tests of "
+        "Triton kernels that passed there.\n"
+    )
+    yield from (f"- failed: {name}" for row in section["rows"] for name in row["failed_tests"])
     reasons: Counter[str] = Counter()
-    for tests in every:
-        reasons.update(tests["left_out"])
+    for row in section["rows"]:
+        reasons.update(row["skipped_because"])
     if reasons:
         yield "\nSkipped:\n"
         yield from (f"- {count} × {reason}" for reason, count in reasons.items())
-    if section["not_importable"]:
+    if section.get("not_importable"):
         yield "\nNot importable here, so neither run nor tested:\n"
         yield from (f"- {name}: {why}" for name, why in section["not_importable"].items())
 
@@ -150,7 +166,8 @@ def _ops(section: Row) -> Iterator[str]:
         "must move, over fastvae's time. Ratios: the rival's time over fastvae's, more than 1 "
         "where fastvae is faster. PyTorch computes in float32 inside, like the kernels; forward "
         "passes keep what backward needs. With `row_weight` the forward pass writes the gradient "
-        "too, and all rows meet it. Sizes in bold move more bytes than the L2 cache holds.\n"
+        "too, and all rows meet it. The mixture of logistics stands beside the library's plain "
+        "reference. Sizes in bold move more bytes than the L2 cache holds.\n"
     )
     timed = section["rows"]
     held = [row for row in timed if row["missed"] is not None]
@@ -273,7 +290,9 @@ def _step(section: Row) -> Iterator[str]:
     names = list(section["what"])
     rivals = [name for name in names if name != "fastvae"]
     yield from _table(
-        "|".join(["case", "steps/s", *names, *(f"× {name}" for name in rivals), "misses"]),
+        "|".join(
+            ["case", "steps/s", *names, *(f"× {name}" for name in rivals), "replayed", "misses"]
+        ),
         (
             [
                 row["case"],
@@ -283,11 +302,13 @@ def _step(section: Row) -> Iterator[str]:
                     f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "–"
                     for name in rivals
                 ),
+                _replayed(row["replay"]),
                 "–" if row["missed"] is None else ", ".join(row["missed"]),
             ]
             for row in section["rows"]
         ),
     )
+    yield "\nReplayed: steps that one CUDA graph holds, or why there is none.\n"
     for row in section["rows"]:
         if row["case"] == "vae-20" and "fastvae" in row["steps_per_second"]:
             rate = row["steps_per_second"]["fastvae"]["median"]
@@ -296,19 +317,67 @@ def _step(section: Row) -> Iterator[str]:
                 f"of 20 images, this network) takes {PAPER_STEPS / rate / 3600:.2f} h at "
                 f"{rate:,.0f} steps/s."
             )
-    replays = [
-        f"- {row['case']}, {name}: {found['steps_per_launch']} steps a launch"
-        + (f"; not replayed: {found['problem']}" if found["problem"] else "")
-        for row in section["rows"]
-        for name, found in row["replay"].items()
-    ]
-    if replays:
-        yield "\nReplayed:\n"
-        yield from replays
     absent = {f"- {name}: {why}" for row in section["rows"] for name, why in row["absent"].items()}
     if absent:
         yield "\nNot everywhere:\n"
         yield from sorted(absent)
+
+
+def _replayed(found: Row) -> str:
+    """Of each candidate that replays its steps."""
+    return (
+        "; ".join(
+            f"{name}: {each['problem'] or each['steps_per_launch']}" for name, each in found.items()
+        )
+        or "–"
+    )
+
+
+def _train(section: Row) -> Iterator[str]:
+    yield (
+        f"Preset `{section['preset']}` at batch {section['batch']} on {section['data']}, by "
+        "`fastvae.training.train`, as the command calls it, each time with one thing more; not "
+        "compiled, as `--compile auto` decides for runs of this length, on a GPU replayed. "
+        "Seconds: of the call, from outside. Images a second, log: as the run says them, without "
+        "evaluations and checkpoints; outside: images over the seconds beyond those of the run of "
+        "few steps. Lost: seconds beyond the row above, as a share of the row's own steps.\n"
+    )
+    rows = section["rows"]
+    yield from _table(
+        "run|steps|seconds|lines of the log|images/s, log|images/s, outside|lost",
+        (
+            [
+                row["kind"],
+                f"{row['steps']:,}",
+                f"{row['seconds']:.2f}",
+                str(row["lines"]),
+                f"{row['logged_images_per_second']:,.0f}",
+                _outside(row, rows[0], section["batch"]),
+                _lost(before, row, rows[0]),
+            ]
+            for before, row in zip([None, *rows], rows, strict=False)
+        ),
+    )
+
+
+def _outside(row: Row, few: Row, batch: int) -> str:
+    """The beginning and the end of a run, which all have, are the same seconds."""
+    if row is few or row["seconds"] <= few["seconds"]:
+        return "–"
+    return f"{batch * (row['steps'] - few['steps']) / (row['seconds'] - few['seconds']):,.0f}"
+
+
+def _lost(before: Row | None, row: Row, few: Row) -> str:
+    if before is None or before is few or row["seconds"] <= few["seconds"]:
+        return "–"
+    return _percent((row["seconds"] - before["seconds"]) / (row["seconds"] - few["seconds"]))
+
+
+def _shares(rows: list[Row]) -> str:
+    """What each thing costs, in a line."""
+    return ", ".join(
+        f"{row['kind']} {_lost(before, row, rows[0])}" for before, row in pairwise(rows[1:])
+    )
 
 
 def _memory(section: Row) -> Iterator[str]:
@@ -417,6 +486,21 @@ def _seeds(seeds: dict[str, Row]) -> str:
         f"which steps {over('steps_seconds')} s and scoring {over('scoring_seconds')} s"
     )
 
+
+RENDER = {
+    "copy": _copy,
+    "smoke": _parity,
+    "ops": _ops,
+    "steps": _step,
+    "train": _train,
+    "speedrun": _speedrun,
+    "memory": _memory,
+    "parity": _parity,
+    "growth": _growth,
+    "limits": _limits,
+    "more-ops": _ops,
+    "more-steps": _step,
+}
 
 # -------------------------------------------------------------------------------------- cells
 

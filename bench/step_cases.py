@@ -138,7 +138,7 @@ WHAT = {
     "fastvae": "compiled, and on a GPU replayed",
     "fastvae-unreplayed": "compiled, each step launched by Python",
     "fastvae-uncompiled": "not compiled, and on a GPU replayed",
-    "compiled": "PyTorch compiled, every advantage",
+    "compiled": "PyTorch compiled, on a GPU with CUDA graphs (`reduce-overhead`)",
     "pytorch": "PyTorch eager",
     "script": "the usual script",
     "pythae": "pythae's own trainer",

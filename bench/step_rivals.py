@@ -39,6 +39,19 @@ class PlainVAE(nn.Module):
         x = rows.float() / 255
         return (torch.rand_like(x) < x).float() if self.binarizes else x
 
+    def importance_weighted(self, x: Tensor, noise: Tensor) -> Tensor:
+        """`[B, C, H, W]` in {0, 1}, `[S, B, D]` → nats per image (0-d): −log of the mean over S
+        draws of p(x, z) / q(z given x), Burda et al. 2016, equation 8. Bernoulli pixels."""
+        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        z = mu + torch.exp(0.5 * logvar) * noise
+        decoded = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        crosses = F.binary_cross_entropy_with_logits(
+            decoded, x.expand_as(decoded), reduction="none"
+        )
+        # log p(z) − log q(z given x): what both have of log 2π cancels.
+        ratios = 0.5 * (noise**2 + logvar - z**2).sum(2)
+        return (math.log(len(z)) - torch.logsumexp(ratios - crosses.flatten(2).sum(2), 0)).mean()
+
     def loss(self, x: Tensor, noise: Tensor) -> Tensor:
         """`[B, C, H, W]` in [0, 1], `[B, D]` → nats per image (0-d)."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
@@ -51,6 +64,17 @@ class PlainVAE(nn.Module):
             nll = F.binary_cross_entropy_with_logits(decoded, x, reduction="sum")
         kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
         return (nll + kl) / len(x)
+
+
+def objective_of(vae: PlainVAE, config: Config) -> tuple[Callable[[Tensor, Tensor], Tensor], Any]:
+    """What is minimised, as a function of the pixels and of noise, and the size of that noise for
+    one batch."""
+    latents = config.batch_size, config.model.latent_dim
+    if config.objective.objective == "importance-weighted":
+        assert not vae.gaussian
+        return vae.importance_weighted, (config.objective.num_samples, *latents)
+    assert config.objective.num_samples == 1
+    return vae.loss, latents
 
 
 def _mlp(config: ModelConfig, image_shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
@@ -121,14 +145,13 @@ class OnDevice(nn.Module):
         self.vae = vae
         self.images: Tensor
         self.register_buffer("images", images)
-        self.latent_dim = config.model.latent_dim
         self.bf16 = config.mixed_precision == "bf16"
-        self.loss = vae.loss
+        self.loss, self.noise = objective_of(vae, config)
 
     def forward(self, indices: Tensor) -> Tensor:
         """int64 `[B]` → nats per image (0-d)."""
         x = self.vae.observed(self.images.index_select(0, indices))
-        noise = torch.randn(len(x), self.latent_dim, device=x.device)
+        noise = torch.randn(self.noise, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.loss(x, noise)
 
@@ -137,9 +160,9 @@ def plain_step(vae: PlainVAE, images: Tensor, config: Config, *, compiled: bool)
     """Images as bytes on the device, no `.item()`.
 
     Eager with Adam as it comes; or compiled with every advantage: on a GPU one function from the
-    rows' places to the loss by `max-autotune`, which replays CUDA graphs and chooses the order of
-    memory of convolutions itself, and Adam fused and capturable. On a CPU, where Inductor's random
-    numbers are slow, they are drawn outside, and the default mode compiles.
+    rows' places to the loss by `reduce-overhead`, which replays CUDA graphs, and Adam fused and
+    capturable. On a CPU, where Inductor's random numbers are slow, they are drawn outside, and the
+    default mode compiles.
     """
     module = OnDevice(vae, images, config)
     on_gpu = images.is_cuda
@@ -147,9 +170,9 @@ def plain_step(vae: PlainVAE, images: Tensor, config: Config, *, compiled: bool)
     rate = config.optimizer.learning_rate
     optimizer = torch.optim.Adam(vae.parameters(), lr=rate, **options)
     if compiled and on_gpu:
-        module.compile(fullgraph=True, dynamic=False, mode="max-autotune")
+        module.compile(fullgraph=True, dynamic=False, mode="reduce-overhead")
     elif compiled:
-        module.loss = torch.compile(vae.loss, fullgraph=True, dynamic=False)
+        module.loss = torch.compile(module.loss, fullgraph=True, dynamic=False)
     batch, position, order = config.batch_size, 0, torch.randperm(len(images), device=images.device)
 
     def step() -> Tensor:
@@ -201,15 +224,16 @@ def script_step(vae: PlainVAE, images: Tensor, config: Config) -> Step:
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.optimizer.learning_rate)
     bf16 = config.mixed_precision == "bf16"
+    loss_of, size = objective_of(vae, config)
     total = 0.0
 
     def step() -> Tensor:
         nonlocal total
         x = next(batches).to(device)
-        noise = torch.randn(len(x), config.model.latent_dim, device=device)
+        noise = torch.randn(size, device=device)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = vae.loss(x, noise)
+            loss = loss_of(x, noise)
         loss.backward()
         total += loss.item()
         optimizer.step()

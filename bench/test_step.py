@@ -2,7 +2,7 @@
 
     pytest bench/test_step.py
 
-Each group is one table: the rows are timed one after the other. `python bench/gpu.py --only step`
+Each group is one table: the rows are timed one after the other. `python bench/gpu.py --only steps`
 times them in interleaved rounds instead (add `--device cpu` where there is no GPU).
 """
 
@@ -21,7 +21,7 @@ from step_cases import (
     make_candidate,
     why_left_out,
 )
-from step_speed import CASES, STEPS_BEFORE, WARM_STEPS, side_stream
+from step_speed import CASES, STEPS_BEFORE, WARM_STEPS
 
 from fastvae.precision import use_matmul_precision
 
@@ -36,7 +36,7 @@ def contest(request: pytest.FixtureRequest) -> Iterator[tuple[StepCase, dict[str
     torch._dynamo.reset()
     use_matmul_precision("auto", DEVICE)
     case = request.param
-    with side_stream(DEVICE):
+    with measure.side_stream(DEVICE):
         images = digit_like_images(60_000, DEVICE, case.image_shape)
         made = {
             name: make_candidate(name, case, images)

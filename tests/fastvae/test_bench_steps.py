@@ -4,18 +4,21 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bare
-import gpu
 import growth
 import memory
 import pytest
 import step_speed
 import torch
+import train_speed
 from measure import Timing
-from report import to_markdown
+from report import RENDER, to_markdown
+from runner import add
 from settings import ROOT, Settings
 from step_cases import (
     StepCase,
@@ -26,7 +29,7 @@ from step_cases import (
     make_updates,
     why_left_out,
 )
-from step_rivals import plain_like
+from step_rivals import objective_of, plain_like
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
@@ -35,7 +38,15 @@ CASES = [StepCase(name, 6) for name in step_speed.PRESETS]
 
 
 def settings(**changes: object) -> Settings:
-    return replace(Settings(CPU, True, 5, (), None, float("inf")), **changes)  # type: ignore[arg-type]
+    return replace(Settings(quick=True, rounds=5), **changes)  # type: ignore[arg-type]
+
+
+def gathered(said: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """All that a section says."""
+    found: dict[str, Any] = {"rows": [], "left_out": [], "failures": []}
+    for kind, value in said:
+        add(found, kind, value)
+    return found
 
 
 # ------------------------------------------------------------------------------ equal work
@@ -99,14 +110,37 @@ def test_the_loss_of_the_rival(case: StepCase) -> None:
     torch.testing.assert_close(plain.loss(x, noise), expected, rtol=1e-6, atol=0)
 
 
+def test_the_importance_weighted_loss_of_the_rival() -> None:
+    """Against torch.distributions in float64, draw by draw."""
+    case = StepCase("iwae-5", 4)
+    images = digit_like_images(4, CPU)
+    updates = make_updates(
+        case.config, images, make_accelerator(case.config, CPU), compiled=False, replayed=False
+    )
+    plain = plain_like(updates.model, case.config.model, case.image_shape).double()
+    loss_of, size = objective_of(plain, case.config)
+    assert size == (5, 4, 50)
+    x, noise = (images.double() / 255 > 0.5).double(), torch.randn(size, dtype=torch.float64)
+    mu, logvar = plain.encoder(x).chunk(2, dim=1)
+    q = Normal(mu, (0.5 * logvar).exp())
+    ratios = []
+    for each in noise:
+        z = mu + q.stddev * each
+        log_p = Bernoulli(logits=plain.decoder(z)).log_prob(x).flatten(1).sum(1)
+        ratios.append(log_p + Normal(0.0, 1.0).log_prob(z).sum(1) - q.log_prob(z).sum(1))
+    expected = -torch.stack(ratios).exp().mean(0).log().mean()
+    torch.testing.assert_close(loss_of(x, noise), expected, rtol=1e-9, atol=0)
+
+
 def test_a_rival_of_another_size_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     with pytest.raises((AssertionError, ValueError)):
         plain_like(model, CASES[0].config.model, (1, 28, 28))
 
 
-def test_all_have_the_same_losses_and_move() -> None:
-    case = StepCase("mnist-mlp", 16)
+@pytest.mark.parametrize("preset", ["mnist-mlp", "iwae-5"])
+def test_all_have_the_same_losses_and_move(preset: str) -> None:
+    case = StepCase(preset, 16)
     images = digit_like_images(300, CPU)
     names = ("fastvae-uncompiled", "pytorch", "script")
     made = {name: make_candidate(name, case, images) for name in names}
@@ -132,14 +166,11 @@ def test_who_takes_part() -> None:
 
 
 def test_the_order_of_the_cases() -> None:
-    """All sixteen in both precisions, none twice, the most telling first."""
-    cases = step_speed.CASES["cuda"]
-    assert len(set(cases)) == len(cases) == 32
-    assert cases[0] == StepCase("mnist-mlp", 128)
-    chosen = step_speed._cases(
-        settings(cases=("cifar10",), quick=False, device=torch.device("cuda"))
-    )
-    assert {case.preset for case in chosen} == {"cifar10-conv"}
+    """The most telling first; the others are all sixteen in both precisions, none twice."""
+    core = step_speed.CASES["cuda"]
+    assert core[:2] == [StepCase("mnist-mlp", 128), StepCase("iwae-5", 20)]
+    every = {*core, *step_speed.ALL}
+    assert len(step_speed.ALL) == 32 and every - set(step_speed.ALL) == {StepCase("iwae-5", 20)}
 
 
 # ------------------------------------------------------------------------------ arithmetic
@@ -182,17 +213,18 @@ def test_growth_beyond_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measured(axis: growth.Axis, _: Settings) -> dict[str, object]:
         exponent = 1.2 if axis.name == "latents" else 1.05
-        return {"exponent": exponent, "work_exponent": 1.0, "excess": exponent - 1.0}
+        found = {"exponent": exponent, "work_exponent": 1.0, "excess": exponent - 1.0}
+        return {"axis": axis.name, "tolerance": axis.tolerance, **found}
 
     monkeypatch.setattr(growth, "_measure", measured)
-    failures = growth.run(settings(quick=False))["failures"]
+    failures = gathered(growth.run(settings(quick=False)))["failures"]
     assert len(failures) == 1 and failures[0].startswith("latents: time grows by the power 1.20")
 
 
 def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = (growth.Axis("latents", (2, 4, 8), rows=4), growth.Axis("order", (10, 20, 40)))
     monkeypatch.setattr(growth, "QUICK_AXES", axes)
-    found = growth.run(settings(figure=tmp_path / "growth.png"))
+    found = gathered(growth.run(settings(figure=str(tmp_path / "growth.png"))))
     assert not found["failures"] and not found["left_out"]
     assert (tmp_path / "growth.png").stat().st_size > 10_000
     latents = found["rows"][0]
@@ -249,30 +281,44 @@ def test_the_kernels_keep_no_noise(tmp_path: Path) -> None:
     assert reference >= 5 * 300 * 4 and packed_reference >= 5 * 300 * 4
 
 
-# --------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------- whole runs
 
 
-def test_red_tests_stop_what_rests_on_them() -> None:
-    def status(name: str, red: dict[str, str]) -> str:
-        results = {"sections": {"parity": {"red": red}}, "missing": []}
-        return gpu._run_section(name, settings(), results)["why"]
-
-    assert "kernels" in status("ops", {"kernels": "wrong", "replay": ""})
-    assert "replay" in status("step", {"kernels": "", "replay": "wrong"})
-    assert "kernels, replay" in status("growth", {})  # nothing is known to be right
-    assert "replay" in status("speedrun", {"kernels": "", "replay": "wrong"})
+def test_what_a_whole_run_loses() -> None:
+    """Images a second from outside are those of the steps that the short run has not; what is lost
+    is the seconds beyond the row above, of those steps' seconds."""
+    rows = [
+        {
+            "kind": kind,
+            "steps": steps,
+            "seconds": seconds,
+            "lines": 1,
+            "logged_images_per_second": 1,
+        }
+        for kind, steps, seconds in (
+            ("few steps", 100, 2.0),
+            ("steps alone", 1_100, 6.0),
+            ("and its log", 1_100, 7.0),
+        )
+    ]
+    section = {"preset": "p", "data": "d", "batch": 128, "rows": rows}
+    page = "\n".join(RENDER["train"](section))
+    assert "| steps alone | 1,100 | 6.00 | 1 | 1 | 32,000 | – |" in page  # 128 × 1000 / 4
+    assert "| and its log | 1,100 | 7.00 | 1 | 1 | 25,600 | 20 % |" in page
+    assert list(RENDER["train"]({**section, "rows": []}))  # before the first has ended
 
 
 @pytest.mark.slow
-def test_everything_runs_at_tiny_sizes(tmp_path: Path) -> None:
-    command = ["bench/gpu.py", "--device", "cpu", "--quick", "--rounds", "5", "--minutes", "20"]
-    command += ["--output", str(tmp_path)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (page,) = tmp_path.glob("quick-cpu-*.md")
-    for section in gpu.SECTIONS:
-        assert f"{section}: ok" in done.stdout or f"{section}: skipped" in done.stdout
-    assert "no time left" not in page.read_text()
+def test_whole_runs_are_timed() -> None:
+    found = gathered(train_speed.run(settings()))
+    assert not found["failures"] and not found["left_out"]
+    assert [row["kind"] for row in found["rows"]] == [kind.name for kind in train_speed.KINDS]
+    lines = [row["lines"] for row in found["rows"]]
+    assert lines[0] == lines[1] == 1 < lines[2] <= lines[3]
+    assert all(row["seconds"] > 0 < row["logged_images_per_second"] for row in found["rows"])
+
+
+# --------------------------------------------------------------------------------- the whole
 
 
 def test_nothing_is_missing_here() -> None:
@@ -297,10 +343,9 @@ def test_the_report_of_steps() -> None:
         "rows": [row],
     }
     machine = {"device": "D", "cpu": "C", "system": "S", "versions": {}}
-    results = {"machine": machine, "date": "2026-01-01", "command": "c", "rounds": 7}
-    page = to_markdown({**results, "quick": False, "sections": {"step": section}})
+    results = {"machine": machine, "date": "2026-01-01", "command": "c", "rounds": 7, "cut": False}
+    page = to_markdown({**results, "quick": False, "sections": {"steps": section}})
     assert "| vae-20 | 10,000 [8,333–11,111] | 200,000 [" in page
-    assert "| 1.23 |" in page and "compiled 1.3× |" in page
+    assert "| 1.23 |" in page and "| fastvae: 16 | compiled 1.3× |" in page
     assert "10,000 steps/s at batch 20" in page
-    assert "- vae-20, fastvae: 16 steps a launch" in page
     assert "- pythae: pythae is not installed" in page

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from op_cases import OPS, Case
-from op_speed import DIRECTIONS, TARGETS, missed
+from op_cases import OPS, Case, check_agreement
+from op_speed import DIRECTIONS, TARGETS, core_cases, missed, more_cases
+from settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,31 @@ def test_fewest_bytes(dtype):
         for name in ("reparameterize_kl", "reparameterize_kl_packed")
     )
     assert separate == packed == 100 * (64 * 8 * size + 8)
+
+
+def test_what_is_timed_first():
+    """Each operator that training calls most, in both dtypes, at a large and a common size; the
+    large ones first. What remains is timed afterwards, and nothing twice."""
+    core, more = core_cases(Settings()), more_cases(Settings())
+    names = {case.op.name.partition(",")[0] for case in core}
+    assert names == {
+        *("reparameterize_kl", "bernoulli_nll", "gaussian_nll", "logistic_mixture_nll"),
+    }
+    assert len(core) == 24 and {case.dtype for case in core} == {torch.float32, torch.bfloat16}
+    large, common = ([case.input_bytes for case in half] for half in (core[:12], core[12:]))
+    assert all(a > 15 * b for a, b in zip(large, common, strict=True))
+    every = [str(case) for case in (*core, *more)]
+    assert len(every) == len(set(every)) and {case.op.name for case in more} == {
+        op.name for op in OPS
+    }
+
+
+def test_bytes_of_a_mixture_of_logistics():
+    """Fifty parameters of a pixel, three bytes of its colours, and two sums that are kept."""
+    (op,) = (op for op in OPS if op.name.startswith("logistic_mixture_nll"))
+    case = Case(op, 3, 16, torch.bfloat16)
+    assert case.bytes("forward") == 3 * (16 * (50 * 2 + 3 + 8) + 4)
+    assert case.bytes("backward") == 3 * (16 * (2 * 50 * 2 + 3 + 8) + 4)
+    inputs = op.make(3, 16, torch.float32, torch.device("cpu"))
+    assert inputs[0].shape == (3, 50, 4, 4) and inputs[1].shape == (3, 3, 4, 4)
+    check_agreement(case, {"pytorch": op.pytorch, "fastvae": op.fastvae}, inputs)
