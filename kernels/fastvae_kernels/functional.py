@@ -509,7 +509,7 @@ def _int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tenso
         _check_dense(name, value)
         if value.device != device:
             raise ValueError(
-                f"{name} is on {value.device}, where {device} is computed; pass an int, or a "
+                f"{name} is on {value.device}, the other tensors on {device}; pass an int, or a "
                 f'tensor made with device="{device}"'
             )
         return value.reshape(())

@@ -189,7 +189,7 @@ def refused():
             yield name, {place: SEED.expand(2)}, TypeError, f"{holds}torch.int64 (2,)"
             yield (
                 *(name, {place: SEED.to("meta")}, ValueError),
-                f"{place} is on meta, where cpu is computed; pass an int, or a tensor made with "
+                f"{place} is on meta, the other tensors on cpu; pass an int, or a tensor made with "
                 'device="cpu"',
             )
             kind = f"{place} must be an int or an int64 tensor, got "
