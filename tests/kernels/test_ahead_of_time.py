@@ -380,6 +380,7 @@ def test_rows_of_784_idle_few_lanes():
     """13 parts of 64 columns, where there are programs enough; else whole rows at once."""
     for batch, loops, width in [(65536, True, 64), (128, False, 64), (128, True, 1024)]:
         assert launch.tiling(batch, 784, loops=loops).block_c == width
+    assert launch.tiling(2, 784, loops=False).block_c == 1024  # two rows are no tile of 16
 
 
 def test_misaligned_rows_are_not_read_wide():

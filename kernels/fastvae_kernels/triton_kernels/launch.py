@@ -42,15 +42,15 @@ def tiling(batch: int, columns: int, *, loops: bool = True) -> Tiling:
     columns of its rows unless rows are few; in others, one tile.
 
     Among the widths the one that idles the fewest lanes is taken, the widest of equals: 784 columns
-    are 13 parts of 64, but 77 % of 1024. A loop over narrow parts has few programs, of many rows,
-    so that it is left for where there are enough of them.
+    are 13 parts of 64, but 77 % of 1024. A narrow tile is one of many rows, and a loop over such
+    tiles has few programs: each is left for where there are rows enough.
     """
     widest = min(TILE, max(4, _next_power_of_2(columns)))
     widths = [widest]
     while widths[-1] > NARROWEST:
         widths.append(widths[-1] // 2)
-    if loops:
-        widths = [c for c in widths if c == widest or batch * c >= FEW_PROGRAMS * TILE]
+    programs = FEW_PROGRAMS if loops else 1
+    widths = [c for c in widths if c == widest or batch * c >= programs * TILE]
     block_c = min(widths, key=lambda c: (-(-columns // c) * c, -c))
     is_shared = loops and columns > 3 * block_c
     is_large = batch * columns >= 2 * TILE * FULL
