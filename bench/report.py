@@ -228,41 +228,44 @@ def _limits(section: Row) -> Iterator[str]:
         f"{section['copy_bytes_per_second'] / 1e9:.0f} GB/s; a multiprocessor at "
         f"{section['sm_mhz']:.0f} MHz issues {lanes['instructions']} lanes a clock, of them "
         f"{lanes['integer']} integer (Philox is made of these) and {lanes['special']} special "
-        "(exp, log, square root, conversions). Instructions are counted in the machine code of "
-        "one tile of 1024 columns, divided by its elements; what takes longest binds, and the "
-        "last column is the share of that rate of bytes which it leaves within reach.\n"
+        f"(exp, root, conversions), of which {_percent(section['reachable'])} can be reached. "
+        "Instructions are counted in the machine code, what a loop repeats as often as it does, "
+        "and shared among the elements that there are; what takes longest binds, and the last "
+        "column is the share of that rate of bytes which it leaves within reach.\n"
     )
-    yield from limits_table(section["rows"], {})
+    yield from limits_table(section["rows"])
 
 
-def limits_table(rows: list[Row], resources: dict[int, list[Row]]) -> Iterator[str]:
-    """What each kernel needs and what binds it. `resources`: registers, spills and shared memory
-    by compute capability, in the order of `rows`; where they differ, one number for each."""
-    described = list(zip(*resources.values(), strict=True)) or [(row,) for row in rows]
+def limits_table(rows: list[Row]) -> Iterator[str]:
+    """What each kernel needs, what binds it, and the share of a copy's rate that each chip's
+    leaves within reach."""
+    chips = list(rows[0]["within_reach"])
     yield from _table(
-        "kernel|direction|dtype|registers|spilled|shared|loads|stores|bytes|instructions|integer|"
-        "special|binds|within reach",
+        "kernel|direction|dtype|columns|idle lanes|registers|spilled|loads|stores|bytes|"
+        "instructions|integer|special|" + "|".join(f"{chip}: binds|of copy" for chip in chips),
         (
             [
                 row["op"],
                 row["direction"],
                 row["dtype"],
-                *(
-                    _one_or_each([each[key] for each in compiled])
-                    for key in ("registers", "spilled_bytes", "shared_bytes")
-                ),
+                str(row["columns"]),
+                _percent(row["idle"]),
+                *(str(row[key]) for key in ("registers", "spilled_bytes")),
                 *(_accesses(row[key]) for key in ("load_bits", "store_bits")),
-                *(f"{row[k]:.1f}" for k in ("bytes", "instructions", "integer", "special")),
-                {"instructions": "issue"}.get(row["binds"], row["binds"]),
-                _percent(row["most_share_of_copy"]),
+                f"{row['bytes']}",
+                *(f"{row[k]:.1f}" for k in ("instructions", "integer", "special")),
+                *(
+                    cell
+                    for found in row["within_reach"].values()
+                    for cell in (
+                        {"instructions": "issue"}.get(found["binds"], found["binds"]),
+                        _percent(found["share_of_copy"]),
+                    )
+                ),
             ]
-            for row, compiled in zip(rows, described, strict=True)
+            for row in rows
         ),
     )
-
-
-def _one_or_each(values: list[int]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values))
 
 
 def _accesses(widths: dict[int, int]) -> str:

@@ -362,6 +362,28 @@ def test_bytes_are_read_together(variant):
     assert not re.search(r"ld\.global\S*\.b8\b", ptx)
 
 
+@pytest.mark.parametrize("columns", [1, 20, 63, 784, 1000, 3072, 5000, 100_000])
+@pytest.mark.parametrize("batch", [1, 7, 128, 8192, 100_000])
+@pytest.mark.parametrize("loops", [True, False])
+def test_tiles_cover_all_rows_and_columns(batch, columns, loops):
+    """Whole parts, no program without a row or a column, and as many lanes as a program has."""
+    tiles = launch.tiling(batch, columns, loops=loops)
+    for size in (tiles.block_r, tiles.block_c):
+        assert size & (size - 1) == 0
+    assert tiles.block_r * tiles.block_c <= 2 * launch.TILE
+    assert 0 <= tiles.row_programs * tiles.block_r - batch < tiles.block_r
+    assert 0 <= tiles.column_programs * tiles.block_c - columns < tiles.block_c
+    assert tiles.columns_per_split % tiles.block_c == 0
+    assert 0 <= tiles.splits * tiles.columns_per_split - columns < tiles.columns_per_split
+
+
+def test_rows_of_784_idle_few_lanes():
+    """13 parts of 64 columns, where there are programs enough; else whole rows at once."""
+    for batch, loops, width in [(65536, True, 64), (128, False, 64), (128, True, 1024)]:
+        assert launch.tiling(batch, 784, loops=loops).block_c == width
+    assert launch.tiling(2, 784, loops=False).block_c == 1024  # two rows are no tile of 16
+
+
 def test_misaligned_rows_are_not_read_wide():
     """The count above can fail: a row of 63 columns does not begin on a 128-bit boundary."""
     spec = KERNELS["bernoulli_nll", "forward_kernel"]

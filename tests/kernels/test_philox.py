@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastvae_kernels import normal, philox, reparameterize_kl, uniform
 from fastvae_kernels.functional import _HAS_TRITON
-from kernel_cases import INTERPRETING
+from kernel_cases import INTERPRETING, needs_no_interpreter
 from kernel_oracle import normals, normals_from_bits, philox4x32_10, row_bits
 from scipy import stats
 
@@ -26,7 +26,7 @@ if _HAS_TRITON:
         c1 = tl.load(counter_ptr + N + at, mask=mask, other=0).to(tl.uint32)
         c2 = tl.load(counter_ptr + 2 * N + at, mask=mask, other=0).to(tl.uint32)
         c3 = tl.load(counter_ptr + 3 * N + at, mask=mask, other=0).to(tl.uint32)
-        a, b, c, d = tl.philox(seed, c0, c1, c2, c3)
+        a, b, c, d = device_math.philox4x32(seed, c0, c1, c2, c3)
         tl.store(out_ptr + at, a.to(tl.int64), mask=mask)
         tl.store(out_ptr + N + at, b.to(tl.int64), mask=mask)
         tl.store(out_ptr + 2 * N + at, c.to(tl.int64), mask=mask)
@@ -177,6 +177,31 @@ def test_extreme_bits_give_finite_normals_in_all_octants(impl, device):
     assert got.isfinite().all()
     assert got.abs().max() == pytest.approx(math.sqrt(-2 * math.log(2.0**-33)), rel=1e-6)
     assert ((got - want).abs() / (1 + want.abs())).max() < NORMAL_TOLERANCE
+
+
+def test_logarithm_against_float64():
+    """Every uniform next to 1, where the logarithm loses its size, and others up to the smallest;
+    beside PyTorch's own logarithm, which it must not fall short of."""
+    random = np.random.default_rng(3).integers(0, 2**32, 200_000)
+    bits = np.concatenate([2**32 - 1 - np.arange(0, 2**22, 64), np.arange(4096), random])
+    u = torch.from_numpy(bits).float() * 2.0**-32 + 2.0**-33
+    want = -2.0 * torch.log(u.double())
+    got, library = philox.minus_two_log(u), -2.0 * torch.log(u)
+    assert (got[u == 1] == 0).all()
+    assert (got >= 0).all()
+    inside = u < 1
+    error, of_library = (((x.double() - want) / want)[inside] for x in (got, library))
+    assert error.abs().max() < 1.3e-7
+    assert error.square().mean().sqrt() < 1.1 * of_library.square().mean().sqrt()
+
+
+@needs_no_interpreter
+def test_compiled_noise_has_the_bits_of_eager():
+    """No operation of the definition is a library's own, so that no compiler can differ."""
+    seed, offset = torch.tensor(5), torch.tensor(2**33)
+    compiled = torch.compile(lambda *place: philox.row_normals(37, 507, *place), fullgraph=True)
+    assert torch.equal(compiled(seed, offset), philox.row_normals(37, 507, seed, offset))
+    assert torch.equal(philox._normals(37, 507, seed, offset, None), compiled(seed, offset))
 
 
 def test_rounding_the_uniform_to_float32_moves_no_normal_far():

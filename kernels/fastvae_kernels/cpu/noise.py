@@ -44,8 +44,7 @@ def library() -> ctypes.CDLL | None:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         for name, arguments in {
             "fastvae_uniforms": [pointer, size, size, pointer, pointer],
-            "fastvae_normals_begin": [pointer, pointer, size, size, size, pointer, pointer],
-            "fastvae_normals_end": [pointer, pointer, pointer, size, size, size],
+            "fastvae_normals": [pointer, size, size, size, pointer, pointer],
         }.items():
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, None
@@ -67,15 +66,8 @@ def row_normals(
     c: ctypes.CDLL, rows: int, columns: int, seed: Tensor, offset: Tensor, samples: int | None
 ) -> Tensor:
     """As in philox.py; `seed` and `offset` are direct (see `is_direct`)."""
-    drawn = 1 if samples is None else samples
-    pairs = drawn * rows * ((columns + 3) // 4) * 2
-    u = torch.empty(pairs, dtype=torch.float32, device="cpu")
-    angle = torch.empty(pairs, dtype=torch.int32, device="cpu")
-    c.fastvae_normals_begin(
-        u.data_ptr(), angle.data_ptr(), drawn, rows, columns, seed.data_ptr(), offset.data_ptr()
-    )
-    radius = u.log_().mul_(-2.0).sqrt_()
     shape = (rows, columns) if samples is None else (samples, rows, columns)
     out = torch.empty(shape, dtype=torch.float32, device="cpu")
-    c.fastvae_normals_end(out.data_ptr(), radius.data_ptr(), angle.data_ptr(), drawn, rows, columns)
+    drawn = 1 if samples is None else samples
+    c.fastvae_normals(out.data_ptr(), drawn, rows, columns, seed.data_ptr(), offset.data_ptr())
     return out

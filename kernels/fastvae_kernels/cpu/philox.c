@@ -1,9 +1,10 @@
 /* The noise of fastvae_kernels/philox.py, which defines it, for eager PyTorch on a CPU.
 
    To be compiled with -ffp-contract=off and without -ffast-math: every float operation rounds as
-   PyTorch's does, so that both give the same bits. The logarithm and the root between the two
-   halves of Box-Muller are PyTorch's own, whose last bit is not that of the C library. */
+   PyTorch's does, so that both give the same bits; of the C library there is only the square root,
+   which is the processor's own and exactly rounded. */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -94,58 +95,64 @@ void fastvae_uniforms(
     }
 }
 
-/* u and angle [samples, calls, 2]: what the two Box-Muller pairs of each call begin with. */
-void fastvae_normals_begin(
-    float *u, uint32_t *angle, int64_t samples, int64_t rows, int64_t columns,
+/* -2 log u for u in [2^-33, 1]: see minus_two_log there. */
+static inline float minus_two_log(float u)
+{
+    int32_t bits, exponent, rest;
+    memcpy(&bits, &u, sizeof bits);
+    exponent = (bits - 0x3F000001) & -0x800000;
+    rest = bits - exponent;
+    float f;
+    memcpy(&f, &rest, sizeof f);
+    f -= 1.0f;
+    float p = (float)-3.4207415560421777 + f * (float)-2.9005491030225063;
+    p = (float)-2.531022811192533 + f * p;
+    p = (float)-0.4091462804950039 + f * p;
+    p = (float)-0.5381794749464244 + f * p;
+    p = (float)0.48604524617449674 + f * p;
+    p = (float)-0.6673407538735351 + f * p;
+    p = (float)0.9999889339542509 + f * p;
+    const float scale = (float)(-2.0 * 0.69314718055994530942 * 0x1p-23);
+    return ((float)exponent * scale + f * -2.0f) + (f * f) * p;
+}
+
+/* Two normals from two outputs of Philox: see _box_muller there. */
+static inline void box_muller(uint32_t radius_bits, uint32_t angle_bits, float out[2])
+{
+    const float scale = (float)(0.78539816339744830962 * 0x1p-29);
+    float radius = sqrtf(minus_two_log((float)radius_bits * 0x1p-32f + 0x1p-33f));
+    float t = (float)(int32_t)(angle_bits & 0x1FFFFFFF) * scale, s = t * t;
+    float sin = (float)0.008332178146135858 + s * (float)-0.0001951729898102546;
+    sin = (float)-0.1666665494370104 + s * sin;
+    sin = t + t * s * sin;
+    float cos = (float)(-1.0 / 720) + s * (float)(1.0 / 40320);
+    cos = (float)(1.0 / 24) + s * cos;
+    cos = -0.5f + s * cos;
+    cos = 1.0f + s * cos;
+    float x = radius * (angle_bits & 0x20000000 ? sin : cos);
+    float y = radius * (angle_bits & 0x20000000 ? cos : sin);
+    out[0] = angle_bits & 0x40000000 ? -x : x;
+    out[1] = angle_bits & 0x80000000 ? -y : y;
+}
+
+/* out [samples, rows, columns]: standard normals. */
+void fastvae_normals(
+    float *out, int64_t samples, int64_t rows, int64_t columns,
     const int64_t *seed, const int64_t *offset)
 {
     int64_t groups = (columns + 3) / 4, calls = rows * groups;
     uint64_t call = (uint64_t)*offset * (uint64_t)groups;
-    for (int64_t sample = 0; sample < samples; sample++) {
+    for (int64_t sample = 0; sample < samples; sample++, out += rows * columns) {
         PARALLEL
         for (int64_t first = 0; first < calls; first += BLOCK) {
-            int count = calls - first < BLOCK ? (int)(calls - first) : BLOCK;
             uint64_t bits[4][BLOCK];
+            float values[4 * BLOCK];
             philox(call + (uint64_t)first, (uint32_t)sample, (uint64_t)*seed, bits);
-            for (int i = 0; i < count; i++) {
-                int64_t at = 2 * (first + i);
-                u[at] = (float)(uint32_t)bits[0][i] * 0x1p-32f + 0x1p-33f;
-                u[at + 1] = (float)(uint32_t)bits[2][i] * 0x1p-32f + 0x1p-33f;
-                angle[at] = (uint32_t)bits[1][i];
-                angle[at + 1] = (uint32_t)bits[3][i];
+            for (int i = 0; i < BLOCK; i++) {
+                box_muller((uint32_t)bits[0][i], (uint32_t)bits[1][i], values + 4 * i);
+                box_muller((uint32_t)bits[2][i], (uint32_t)bits[3][i], values + 4 * i + 2);
             }
+            place(out, columns, first, calls - first < BLOCK ? calls - first : BLOCK, values);
         }
-        u += 2 * calls, angle += 2 * calls;
-    }
-}
-
-/* out [samples, rows, columns] from radius = sqrt(-2 log u) and angle: see _box_muller there. */
-void fastvae_normals_end(
-    float *out, const float *radius, const uint32_t *angle, int64_t samples, int64_t rows,
-    int64_t columns)
-{
-    const float scale = (float)(0.78539816339744830962 * 0x1p-29);
-    int64_t groups = (columns + 3) / 4, calls = samples * rows * groups;
-    PARALLEL
-    for (int64_t first = 0; first < calls; first += BLOCK) {
-        int count = calls - first < BLOCK ? (int)(calls - first) : BLOCK;
-        float values[4 * BLOCK];
-        for (int i = 0; i < 2 * count; i++) {
-            uint32_t bits = angle[2 * first + i];
-            float t = (float)(int32_t)(bits & 0x1FFFFFFF) * scale, s = t * t;
-            float sin = (float)(-1.0 / 5040) + s * (float)(1.0 / 362880);
-            sin = (float)(1.0 / 120) + s * sin;
-            sin = (float)(-1.0 / 6) + s * sin;
-            sin = t + t * s * sin;
-            float cos = (float)(-1.0 / 720) + s * (float)(1.0 / 40320);
-            cos = (float)(1.0 / 24) + s * cos;
-            cos = -0.5f + s * cos;
-            cos = 1.0f + s * cos;
-            float x = radius[2 * first + i] * (bits & 0x20000000 ? sin : cos);
-            float y = radius[2 * first + i] * (bits & 0x20000000 ? cos : sin);
-            values[2 * i] = bits & 0x40000000 ? -x : x;
-            values[2 * i + 1] = bits & 0x80000000 ? -y : y;
-        }
-        place(out, columns, first, count, values);
     }
 }

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae_kernels.triton_kernels.device_math import is_new, softplus_and_sigmoid
-from fastvae_kernels.triton_kernels.device_memory import any_is_new, target_rows
+from fastvae_kernels.triton_kernels.device_memory import any_is_new, target_rows, within
 from fastvae_kernels.triton_kernels.launch import (
     OPTIONS,
     Tiling,
@@ -54,23 +54,24 @@ def forward_kernel(
     target_row, exists = target_rows(indices_B, row, B, N)
     split = tl.program_id(1)
     first = split * columns_per_split
-    nll = tl.zeros([BLOCK_R], tl.float32)
+    nll_RC = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(first, min(first + columns_per_split, D), BLOCK_C):
         column = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = (row < B)[:, None] & (column < D)[None, :]
+        mask = (row < B)[:, None] & within(start, D, BLOCK_C)[None, :]
         logits_at = row[:, None] * logits_stride_b + column[None, :] * logits_stride_d
         target_at = target_row[:, None] * target_stride_b + column[None, :] * target_stride_d
-        x = tl.load(logits_BD + logits_at, mask=mask, other=0.0).to(tl.float32)
+        # What is not there is a certain 0 of a target that is 0, which costs nothing.
+        x = tl.load(logits_BD + logits_at, mask=mask, other=-1e4).to(tl.float32)
         t = tl.load(target_ND + target_at, mask=mask, other=0).to(tl.float32) * TARGET_SCALE
 
         softplus, sigmoid = softplus_and_sigmoid(x)
-        nll += tl.sum(tl.where(mask, softplus - x * t, 0.0), axis=1)
+        nll_RC += softplus - x * t
         if grad_logits_BD is not None:
             grad_logits = tl.where(exists, row_weight, float("nan"))[:, None] * (sigmoid - t)
             out_at = row[:, None] * D + column[None, :]
             out_type = grad_logits_BD.dtype.element_ty
             tl.store(grad_logits_BD + out_at, grad_logits.to(out_type), mask=mask)
-    nll = tl.where(exists, nll, float("nan"))
+    nll = tl.where(exists, tl.sum(nll_RC, axis=1), float("nan"))
     tl.store(nll_BS + row * tl.num_programs(1) + split, nll, mask=row < B)
 
 
@@ -105,11 +106,12 @@ def backward_kernel(
 ):
     """Writes grad_logits = grad_nll · (sigmoid(logits) − target), `[B, D]`. One tile a program."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_C
+    column = start + tl.arange(0, BLOCK_C).to(tl.int64)
     target_row, exists = target_rows(indices_B, row, B, N)
     grad_nll = tl.load(grad_nll_B + row * grad_nll_stride_b, mask=row < B, other=0.0)
     grad_nll = tl.where(exists, grad_nll, float("nan"))
-    mask = (row < B)[:, None] & (column < D)[None, :]
+    mask = (row < B)[:, None] & within(start, D, BLOCK_C)[None, :]
     logits_at = row[:, None] * logits_stride_b + column[None, :] * logits_stride_d
     target_at = target_row[:, None] * target_stride_b + column[None, :] * target_stride_d
     out_at = row[:, None] * D + column[None, :]
@@ -158,7 +160,7 @@ def update_kernel(
             grad_nll = tl.where(exists, grad_nll, float("nan"))
             for start in range(first, min(first + columns_per_split, D), BLOCK_C):
                 column = start + tl.arange(0, BLOCK_C).to(tl.int64)
-                mask = changed[:, None] & (column < D)[None, :]
+                mask = changed[:, None] & within(start, D, BLOCK_C)[None, :]
                 logits_at = row[:, None] * logits_stride_b + column[None, :] * logits_stride_d
                 target_at = target_row[:, None] * target_stride_b
                 target_at += column[None, :] * target_stride_d
@@ -211,7 +213,7 @@ def backward(
     """One launch. Returns grad_logits, contiguous, like `logits`."""
     logits_BD, target_ND, indices = _rows(logits, target, indices)
     B, D = logits_BD.shape
-    tiles = tiling(B, D)
+    tiles = tiling(B, D, loops=False)
     grad_logits = _like(logits)
     with on_device(logits):
         backward_kernel[(tiles.row_programs, tiles.column_programs)](

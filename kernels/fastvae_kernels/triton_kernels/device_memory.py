@@ -7,6 +7,12 @@ from fastvae_kernels.triton_kernels.device_math import is_new
 
 
 @triton.jit
+def within(start, D, BLOCK_C: tl.constexpr):
+    """Which of the BLOCK_C columns from `start` on there are, compared in as few bits as D has."""
+    return tl.arange(0, BLOCK_C) < D - start
+
+
+@triton.jit
 def target_rows(indices_B, row_R, B, N):
     """The rows of the target that belong to `row_R` (int64): those of the same numbers, or, unless
     indices are None, `indices_B[row]` of a data set of N. And whether there is such a row: an

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae_kernels.triton_kernels.device_math import is_new, standardized, standardized_by
-from fastvae_kernels.triton_kernels.device_memory import any_is_new, target_rows
+from fastvae_kernels.triton_kernels.device_math import exp, is_new, standardized, standardized_by
+from fastvae_kernels.triton_kernels.device_memory import any_is_new, target_rows, within
 from fastvae_kernels.triton_kernels.launch import (
     OPTIONS,
     Tiling,
@@ -39,7 +39,7 @@ def errors(
     error = mean - t
     if ONE_VARIANCE:
         logvar = tl.load(logvar_RC).to(tl.float32)
-        standard, slope = standardized_by(error, tl.exp(-0.5 * logvar))
+        standard, slope = standardized_by(error, exp(-0.5 * logvar))
     else:
         logvar = tl.load(logvar_RC, mask=mask, other=0.0).to(tl.float32)
         standard, inverse_sigma = standardized(error, logvar)
@@ -93,10 +93,10 @@ def forward_kernel(
     target_row, exists = target_rows(indices_B, row, B, N)
     split = tl.program_id(1)
     first = split * columns_per_split
-    nll = tl.zeros([BLOCK_R], tl.float32)
+    nll_RC = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(first, min(first + columns_per_split, D), BLOCK_C):
         column = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = (row < B)[:, None] & (column < D)[None, :]
+        mask = (row < B)[:, None] & within(start, D, BLOCK_C)[None, :]
         mean_at = row[:, None] * mean_stride_b + column[None, :] * mean_stride_d
         target_at = target_row[:, None] * target_stride_b + column[None, :] * target_stride_d
         logvar_at = row[:, None] * logvar_stride_b + column[None, :] * logvar_stride_d
@@ -108,13 +108,18 @@ def forward_kernel(
             TARGET_SCALE,
             ONE_VARIANCE,
         )
-        element = standard * standard + (logvar + LOG_2PI)
-        nll += tl.sum(tl.where(mask, element, 0.0), axis=1)
+        # What is not there has no error, and a variance of each is 1 there: it costs nothing.
+        nll_RC += standard * standard if ONE_VARIANCE else standard * standard + logvar
         if grad_mean_BD is not None:
             weight = tl.where(exists, row_weight, float("nan"))
             out_at = row[:, None] * D + column[None, :]
             write_gradients(standard, slope, weight, grad_mean_BD, grad_logvar_BD, out_at, mask)
-    nll = tl.where(exists, 0.5 * nll, float("nan"))
+    # log 2π of each element and, if it is one for all, log σ²: once for all that are here.
+    constant = LOG_2PI
+    if ONE_VARIANCE:
+        constant += tl.load(logvar_BD).to(tl.float32)
+    constant *= tl.cast(min(first + columns_per_split, D) - first, tl.float32)
+    nll = tl.where(exists, 0.5 * (tl.sum(nll_RC, axis=1) + constant), float("nan"))
     tl.store(nll_BS + row * tl.num_programs(1) + split, nll, mask=row < B)
 
 
@@ -144,11 +149,12 @@ def backward_kernel(
 ):
     """Writes the gradients of Σ grad_nll · nll, `[B, D]`. One tile a program."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_C
+    column = start + tl.arange(0, BLOCK_C).to(tl.int64)
     target_row, exists = target_rows(indices_B, row, B, N)
     grad_nll = tl.load(grad_nll_B + row * grad_nll_stride_b, mask=row < B, other=0.0)
     weight = tl.where(exists, grad_nll, float("nan"))
-    mask = (row < B)[:, None] & (column < D)[None, :]
+    mask = (row < B)[:, None] & within(start, D, BLOCK_C)[None, :]
     mean_at = row[:, None] * mean_stride_b + column[None, :] * mean_stride_d
     target_at = target_row[:, None] * target_stride_b + column[None, :] * target_stride_d
     logvar_at = row[:, None] * logvar_stride_b + column[None, :] * logvar_stride_d
@@ -204,7 +210,7 @@ def update_kernel(
             weight = tl.where(exists, grad_nll, float("nan"))
             for start in range(first, min(first + columns_per_split, D), BLOCK_C):
                 column = start + tl.arange(0, BLOCK_C).to(tl.int64)
-                mask = changed[:, None] & (column < D)[None, :]
+                mask = changed[:, None] & within(start, D, BLOCK_C)[None, :]
                 mean_at = row[:, None] * mean_stride_b + column[None, :] * mean_stride_d
                 target_at = target_row[:, None] * target_stride_b
                 target_at += column[None, :] * target_stride_d
@@ -267,7 +273,7 @@ def backward(
     (like `logvar`): contiguous."""
     mean_BD, target_ND, logvar_BD, indices = _rows(mean, target, logvar, indices)
     B, D = mean_BD.shape
-    tiles = tiling(B, D)
+    tiles = tiling(B, D, loops=False)
     grad_mean, grad_logvar = _gradients(mean, logvar)
     with on_device(mean):
         backward_kernel[(tiles.row_programs, tiles.column_programs)](

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# One program of four warps takes this many elements: 8 a thread, two 128-bit loads of float32.
+# One program of four warps takes this many elements at once: 8 a thread, two 128-bit loads of
+# float32; and twice as many where that leaves enough programs, to share what each does once, unless
+# a loop shares it already.
 TILE = 1024
+# No narrower than this only to idle fewer lanes: a row's part of a tile is 64 bytes or more.
+NARROWEST = 64
 # Rows are split among several programs where there would be too few programs to fill a GPU.
 SPLIT_COLUMNS = 4 * TILE
 FEW_PROGRAMS = 512
@@ -33,10 +37,25 @@ class Tiling:
     column_programs: int
 
 
-def tiling(batch: int, columns: int) -> Tiling:
-    """The tile shapes for `[batch, columns]`; all columns in one program unless rows are few."""
-    block_c = min(TILE, max(4, _next_power_of_2(columns)))
-    block_r = min(TILE // block_c, _next_power_of_2(batch))
+def tiling(batch: int, columns: int, *, loops: bool = True) -> Tiling:
+    """The tile shapes for `[batch, columns]`. In a kernel that `loops`, one program takes all
+    columns of its rows unless rows are few; in others, one tile.
+
+    Among the widths the one that idles the fewest lanes is taken, the widest of equals: 784 columns
+    are 13 parts of 64, but 77 % of 1024. A narrow tile is one of many rows, and a loop over such
+    tiles has few programs: each is left for where there are rows enough.
+    """
+    widest = min(TILE, max(4, _next_power_of_2(columns)))
+    widths = [widest]
+    while widths[-1] > NARROWEST:
+        widths.append(widths[-1] // 2)
+    programs = FEW_PROGRAMS if loops else 1
+    widths = [c for c in widths if c == widest or batch * c >= programs * TILE]
+    block_c = min(widths, key=lambda c: (-(-columns // c) * c, -c))
+    is_shared = loops and columns > 3 * block_c
+    is_large = batch * columns >= 2 * TILE * FULL
+    tile = 2 * TILE if is_large and not is_shared else TILE
+    block_r = min(tile // block_c, _next_power_of_2(batch))
     row_programs = -(-batch // block_r)
     column_programs = -(-columns // block_c)
     splits = 1

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvae_kernels.reference.logistic_mixture_nll import LOG_SCALE_FLOOR
 from fastvae_kernels.triton_kernels.device_math import (
     add_to_log_sum,
+    exp,
     logistic_bin,
     nearest_level,
     position_of_level,
@@ -184,8 +185,8 @@ def backward_kernel(
             factors *= factor
             grads += (grad_mean, grad_log_scale)
         log_joint += tl.log(factors)
-        prior = grad_nll * tl.exp(logit - log_prior_sum)
-        posterior = grad_nll * tl.exp(log_joint - log_joint_sum)
+        prior = grad_nll * exp(logit - log_prior_sum)
+        posterior = grad_nll * exp(log_joint - log_joint_sum)
 
         grad_p = grad_parameters_BPN + out_at
         tl.store(grad_p, (prior - posterior).to(out_type), mask=mask)

@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae_kernels.triton_kernels.device_math import gaussian_kl, row_normals, standardized
+from fastvae_kernels.triton_kernels.device_math import (
+    exp,
+    row_normals,
+    standardized,
+    twice_gaussian_kl,
+)
+from fastvae_kernels.triton_kernels.device_memory import within
 from fastvae_kernels.triton_kernels.launch import OPTIONS, on_device, rows, tiling
 
 
@@ -54,31 +60,34 @@ def forward_kernel(
     position = tl.load(offset_ptr) + row
     split = tl.program_id(1)
     first = split * columns_per_split
-    kl = tl.zeros([BLOCK_R], tl.float32)
+    kl_RC = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(first, min(first + columns_per_split, D), BLOCK_C):
         column = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = (row < B)[:, None] & (column < D)[None, :]
+        mask = (row < B)[:, None] & within(start, D, BLOCK_C)[None, :]
         mu_at = row[:, None] * mu_stride_b + column[None, :] * mu_stride_d
         logvar_at = row[:, None] * logvar_stride_b + column[None, :] * logvar_stride_d
         mu = tl.load(mu_BD + mu_at, mask=mask, other=0.0).to(tl.float32)
         logvar = tl.load(logvar_BD + logvar_at, mask=mask, other=0.0).to(tl.float32)
+        sigma = exp(0.5 * logvar)
         if HAS_PRIOR:
             at = row[:, None] * prior_mu_stride_b + column[None, :] * prior_mu_stride_d
             prior_mu = tl.load(prior_mu_BD + at, mask=mask, other=0.0).to(tl.float32)
             at = row[:, None] * prior_logvar_stride_b + column[None, :] * prior_logvar_stride_d
             prior_logvar = tl.load(prior_logvar_BD + at, mask=mask, other=0.0).to(tl.float32)
             standard, _ = standardized(mu - prior_mu, prior_logvar)
-            kl += tl.sum(gaussian_kl(standard, logvar - prior_logvar), axis=1)
+            delta = logvar - prior_logvar
+            kl_RC += twice_gaussian_kl(standard, exp(0.5 * delta), delta)
         else:
-            kl += tl.sum(gaussian_kl(mu, logvar), axis=1)
+            kl_RC += twice_gaussian_kl(mu, sigma, logvar)
 
-        sigma = tl.exp(0.5 * logvar)
         z_at = row[:, None] * D + column[None, :]
+        TOGETHER: tl.constexpr = 128 // z_SBD.dtype.element_ty.primitive_bitwidth
         for s in range(num_samples):
-            epsilon = row_normals(seed, position, s, start, D, BLOCK_R, BLOCK_C)
+            epsilon = row_normals(seed, position, s, start, D, BLOCK_R, BLOCK_C, TOGETHER)
             z = mu + sigma * epsilon
             s_at = tl.cast(s, tl.int64) * B * D + z_at
             tl.store(z_SBD + s_at, z.to(z_SBD.dtype.element_ty), mask=mask)
+    kl = 0.5 * tl.sum(kl_RC, axis=1)
     tl.store(kl_BP + row * tl.num_programs(1) + split, kl, mask=row < B)
 
 
@@ -129,7 +138,7 @@ def backward_kernel(
     position = tl.load(offset_ptr) + row
     start = tl.program_id(1) * BLOCK_C
     column = start + tl.arange(0, BLOCK_C).to(tl.int64)
-    mask = (row < B)[:, None] & (column < D)[None, :]
+    mask = (row < B)[:, None] & within(start, D, BLOCK_C)[None, :]
     mu_at = row[:, None] * mu_stride_b + column[None, :] * mu_stride_d
     logvar_at = row[:, None] * logvar_stride_b + column[None, :] * logvar_stride_d
     grad_z_at = row[:, None] * grad_z_stride_b + column[None, :] * grad_z_stride_d
@@ -137,6 +146,7 @@ def backward_kernel(
     logvar = tl.load(logvar_BD + logvar_at, mask=mask, other=0.0).to(tl.float32)
     grad_kl = tl.load(grad_kl_B + row * grad_kl_stride_b, mask=row < B, other=0.0)[:, None]
 
+    sigma = exp(0.5 * logvar)
     # What has no weight has no gradient, also where σ overflows: 0 · ∞ must not become NaN.
     if HAS_PRIOR:
         at = row[:, None] * prior_mu_stride_b + column[None, :] * prior_mu_stride_d
@@ -144,7 +154,7 @@ def backward_kernel(
         at = row[:, None] * prior_logvar_stride_b + column[None, :] * prior_logvar_stride_d
         prior_logvar = tl.load(prior_logvar_BD + at, mask=mask, other=0.0).to(tl.float32)
         standard, inverse_sigma = standardized(mu - prior_mu, prior_logvar)
-        ratio = tl.exp(logvar - prior_logvar)
+        ratio = exp(logvar - prior_logvar)
         grad_mu = tl.where(grad_kl == 0.0, 0.0, grad_kl * (standard * inverse_sigma))
         from_ratio = tl.where(grad_kl == 0.0, 0.0, grad_kl * (ratio - 1.0))
         from_square = tl.where(grad_kl == 0.0, 0.0, grad_kl * (standard * standard))
@@ -152,15 +162,16 @@ def backward_kernel(
         grad_prior_logvar = -0.5 * (from_ratio + from_square)
     else:
         grad_mu = grad_kl * mu
-        from_ratio = tl.where(grad_kl == 0.0, 0.0, grad_kl * (tl.exp(logvar) - 1.0))
+        from_ratio = tl.where(grad_kl == 0.0, 0.0, grad_kl * (sigma * sigma - 1.0))
 
+    TOGETHER: tl.constexpr = 128 // grad_z_SBD.dtype.element_ty.primitive_bitwidth
     noise = tl.full([BLOCK_R, BLOCK_C], -0.0, tl.float32)  # x + −0 is x: one sample adds nothing
     for s in range(num_samples):
         s_at = tl.cast(s, tl.int64) * grad_z_stride_s + grad_z_at
         grad_z = tl.load(grad_z_SBD + s_at, mask=mask, other=0.0).to(tl.float32)
         grad_mu += grad_z
-        noise += grad_z * row_normals(seed, position, s, start, D, BLOCK_R, BLOCK_C)
-    from_z = tl.where(noise == 0.0, 0.0, noise * tl.exp(0.5 * logvar))
+        noise += grad_z * row_normals(seed, position, s, start, D, BLOCK_R, BLOCK_C, TOGETHER)
+    from_z = tl.where(noise == 0.0, 0.0, noise * sigma)
     grad_logvar = 0.5 * (from_z + from_ratio)
 
     out_at = row[:, None] * grad_stride_b + column[None, :]
@@ -241,7 +252,7 @@ def backward(
     grad_z_SBD = rows(grad_z if grad_z.dim() > mu.dim() else grad_z.unsqueeze(0), leading=2)
     B, D = mu_BD.shape
     S = grad_z_SBD.shape[0]
-    tiles = tiling(B, D)
+    tiles = tiling(B, D, loops=False)
     inputs: tuple[Tensor, ...] = () if out else (mu, logvar)
     if prior_mu is not None and prior_logvar is not None:
         inputs += (prior_mu, prior_logvar)
