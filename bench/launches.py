@@ -17,7 +17,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -114,6 +114,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.kinds: Counter[str] = Counter()
         self.names: Counter[str] = Counter()
+        self.sources: list[str] = []
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
         self.kinds[kind] += count
@@ -128,7 +129,9 @@ class Launches(TorchDispatchMode):
         on_gpu |= any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(result))
         if func.namespace == "fastvae":
             self.inside(func, args, kwargs)
-        elif on_gpu and not (func.is_view or name in _NO_LAUNCH or func.namespace in ("prim", "profiler")):
+        elif on_gpu and not (
+            func.is_view or name in _NO_LAUNCH or func.namespace in ("prim", "profiler")
+        ):
             self.add(kind_of(name), name, launches_of(name, args, kwargs))
         return result
 
@@ -206,7 +209,6 @@ class Launches(TorchDispatchMode):
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
 
-    sources: list[str] = []
     original: Any = staticmethod(compile_fx.compile_fx_inner)
 
     def read(self, source: str, graph: fx.GraphModule) -> None:
@@ -223,7 +225,9 @@ class Launches(TorchDispatchMode):
             if space == "fastvae":
                 continue
             packets = [n and n[0].overloadpacket.__name__.strip("_") for n in nodes]
-            same = [n for n, packet in zip(nodes, packets, strict=True) if packet == name.strip("_")]
+            same = [
+                n for n, packet in zip(nodes, packets, strict=True) if packet == name.strip("_")
+            ]
             found = same[0] if same else None
             count = 1 if found is None else launches_of(name, found[1], found[2])
             self.add(kind_of(name), name, count)
@@ -237,7 +241,8 @@ def _operator(node: fx.Node) -> tuple[Any, Any, Any] | None:
     if node.op != "call_function":
         return None
     args, kwargs = tree_map(
-        lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, (node.args, node.kwargs),
+        lambda x: x.meta["val"] if isinstance(x, fx.Node) else x,
+        (node.args, node.kwargs),
         is_leaf=lambda x: isinstance(x, fx.Node),
     )
     target = node.target
@@ -265,7 +270,8 @@ def move(module: torch.nn.Module) -> None:
                 if x is not None:
                     fake = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=DEVICE)
                     is_parameter = isinstance(x, torch.nn.Parameter)
-                    kept[name] = torch.nn.Parameter(fake) if is_parameter else fake
+                    moved = torch.nn.Parameter(fake) if is_parameter else fake
+                    kept[name] = moved  # type: ignore[assignment]
 
 
 def step_of(name: str, compiled: bool) -> Updates:
@@ -306,14 +312,15 @@ def launches(name: str, compiled: bool) -> Launches:
         patch("fastvae.data.ImageSet.__post_init__", lambda self: None),  # looks at values
         # PyTorch goes through lists of tensors at once, but not if these are shapes alone.
         patch("torch.nn.utils.clip_grad._has_foreach_support", lambda tensors, device: True),
+        ExitStack() as stack,
     ):
-        with found.compiling():
-            updates = step_of(name, compiled)
-            with found:
-                updates._update()
-                found.kinds.clear()
-                found.names.clear()
-                updates._update()
+        stack.enter_context(found.compiling())
+        updates = step_of(name, compiled)
+        stack.enter_context(found)
+        updates._update()
+        found.kinds.clear()
+        found.names.clear()
+        updates._update()
     return found
 
 

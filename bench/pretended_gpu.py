@@ -11,8 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._dynamo.device_interface import CudaInterface
 from torch import fx
+from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import scheduler
 from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._subclasses import FakeTensorMode

@@ -94,7 +94,9 @@ class Compiled:
             with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
                 result = self.compiled(*arguments, **keywords)
         except Exception as error:  # Dynamo, Inductor and Triton have many
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+            if not type(error).__module__.startswith(
+                ("torch._dynamo", "torch._inductor", "triton")
+            ):
                 raise
             self.problem = _first_line(error)
             if self.required:

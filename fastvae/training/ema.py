@@ -1,6 +1,7 @@
 """An exponential moving average of the weights."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,14 +30,19 @@ class EMA:
     @torch.no_grad()
     def update(self, model: Model, share: Tensor) -> None:
         """average ← average + share · (weights − average); buffers are copied."""
-        averages: list[Tensor] = list(self.model.parameters())
-        weights: list[Tensor] = list(model.parameters())
-        if share.is_cuda:  # three launches for all of them
-            towards = torch._foreach_sub(weights, averages)
-            torch._foreach_mul_(towards, share)
-            torch._foreach_add_(averages, towards)
-        else:
-            for average, weight in zip(averages, weights, strict=True):
-                average.lerp_(weight, share)
+        follow(list(self.model.parameters()), list(model.parameters()), share)
         for kept, value in zip(self.model.buffers(), model.buffers(), strict=True):
             kept.copy_(value)
+
+
+def follow(averages: Sequence[Tensor], values: Sequence[Tensor], share: Tensor | float) -> None:
+    """average ← average + share · (value − average) for each, in place. `share`: a number, or a 0-d
+    tensor on their device."""
+    averages, values = list(averages), list(values)
+    if averages[0].is_cuda:  # three launches for all of them
+        ways = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(ways, share)
+        torch._foreach_add_(averages, ways)
+    else:
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, share)
