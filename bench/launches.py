@@ -93,9 +93,8 @@ def launches_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int
     if name.startswith("_foreach_norm"):
         return multi_tensor_launches(args[0], 1) + 1
     if name.startswith("_foreach"):
-        lists = 1 + sum(isinstance(x, list | tuple) and len(x) == len(args[0]) and
-                        isinstance(x[0], Tensor) for x in args[1:])  # fmt: skip
-        return multi_tensor_launches(args[0], lists + (not name.endswith("_")))
+        lists = [x for x in args if isinstance(x, list | tuple) and isinstance(x[0], Tensor)]
+        return multi_tensor_launches(list(lists[0]), len(lists) + (not name.endswith("_")))
     if name == "convolution_backward":
         return sum(args[-1])
     return 1
