@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +20,12 @@ from fastvae.training.step import TrainingStep
 WORTHWHILE_SECONDS = 60.0
 # What a step takes that is not compiled, roughly: so much for calling its operations, and so many
 # operations a second. A constant, not a measurement, so that the same run is always run alike.
-_SECONDS_OF_CALLS = {"cpu": 2e-3, "cuda": 3e-4}
+_SECONDS_OF_CALLS = 2e-3
 _FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 3e13}
+# On a GPU a step of `mnist-mlp` is about so many launches, eager (bench/launches.py). One costs the
+# host 6 µs where Python makes it, and the device 1.5 to 2 µs where a CUDA graph is replayed.
+_LAUNCHES = 280
+_SECONDS_OF_LAUNCH, _SECONDS_OF_NODE = 6e-6, 1.75e-6
 
 
 def should_compile(
@@ -34,8 +40,7 @@ def should_compile(
     if config.model.refine_steps and config.model.inference == "encoder":
         return False, "not compiled: --refine-steps differentiates inside the forward pass"
     if config.compile == "auto":
-        kind = "cpu" if device.type == "cpu" else "cuda"
-        seconds = steps * (_SECONDS_OF_CALLS[kind] + flops / _FLOPS_PER_SECOND[kind])
+        seconds = steps * _seconds_of_step(config, flops, device)
         if seconds < WORTHWHILE_SECONDS:
             return False, f"not compiled: {steps} steps end sooner without (or --compile on)"
     if problem := compiler_problem(device):
@@ -43,6 +48,15 @@ def should_compile(
             raise UserError(f"--compile on: torch.compile does not work here: {problem}")
         return False, f"not compiled: torch.compile does not work here: {problem}"
     return True, ""
+
+
+def _seconds_of_step(config: Config, flops: float, device: torch.device) -> float:
+    if device.type == "cpu":
+        return _SECONDS_OF_CALLS + flops / _FLOPS_PER_SECOND["cpu"]
+    # What `Updates` replays, but for images that do not fit on the device.
+    replayed = config.gradient_accumulation_steps == 1 and config.mixed_precision != "fp16"
+    calls = _LAUNCHES * (_SECONDS_OF_NODE if replayed else _SECONDS_OF_LAUNCH)
+    return calls + flops / _FLOPS_PER_SECOND["cuda"]
 
 
 @torch.no_grad()
@@ -56,46 +70,126 @@ def training_flops(step: TrainingStep, batch: Batch) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-Gradients = Callable[[Tensor], tuple[tuple[Tensor | None, ...], Tensor, Tensor]]
+class Compiled:
+    """A function, compiled when it is first called; if that fails, called as it is.
+
+    Nothing of it has run by then: tracing and code generation come first, those of the backward
+    pass too.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, required: bool) -> None:
+        """`required`: what cannot be compiled is a UserError."""
+        self.function, self.required = function, required
+        self.compiled = torch.compile(_of_its_own(function), fullgraph=True, dynamic=False)
+        self.called = False
+        self.problem = ""
+        """Why it is not compiled, in one line."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if self.problem:
+            return self.function(*arguments, **keywords)
+        if self.called:
+            return self.compiled(*arguments, **keywords)
+        try:
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                result = self.compiled(*arguments, **keywords)
+        except Exception as error:  # Dynamo, Inductor and Triton have many
+            if not type(error).__module__.startswith(
+                ("torch._dynamo", "torch._inductor", "triton")
+            ):
+                raise
+            self.problem = _first_line(error)
+            if self.required:
+                raise UserError(
+                    f"--compile on: this training step cannot be compiled: {self.problem}"
+                ) from error
+            return self.function(*arguments, **keywords)
+        self.called = True
+        return result
+
+
+def _of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled code is kept with the function's code, which would be that of every run in this
+    process; and `Updates` does not ask again which of them it is for."""
+    if isinstance(function, FunctionType):
+        function.__code__ = function.__code__.replace()
+    return function
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = (line for line in lines if line and not line.startswith("backend="))
+    return next(told, type(error).__name__)
+
+
+def compile_in_place(module: nn.Module, *, required: bool) -> Compiled:
+    """As `module.compile(fullgraph=True)`, which keeps the names of its parameters."""
+    compiled = Compiled(module._call_impl, required=required)
+    module._compiled_call_impl = compiled
+    return compiled
 
 
 def gradients_in_one_graph(
-    module: nn.Module, parameters: list[nn.Parameter], rows: int, accelerator: Accelerator
-) -> Gradients | None:
-    """A compiled function: the position of `rows` rows → the gradients of `parameters`, the
-    sums to log, and whether something is `not_finite`.
+    module: nn.Module,
+    parameters: list[nn.Parameter],
+    rows: int,
+    accelerator: Accelerator,
+    *,
+    required: bool,
+) -> Compiled:
+    """A compiled function: the number of a step (0-d int64) → the gradients of `parameters` for its
+    batch of `rows`, the sums to log, and what `not_finite` says of them, or on a GPU what
+    `loss_not_finite` says.
 
-    Forward and backward in one graph share what they compute and keep less between them. None
-    where PyTorch (before 2.12 or so) cannot trace the backward pass with the forward.
+    Forward and backward in one graph share what they compute and keep less between them.
     """
-    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        return None
     torch._dynamo.config.trace_autograd_ops = True
+    device_type = accelerator.device.type
+    # Accelerate's own context manager cannot be traced by PyTorch 2.11.
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
-    def gradients(position: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
-        with accelerator.autocast():
-            loss, sums = module(position, rows)
+    def gradients(step: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
+        with torch.autocast(device_type, dtype=low or torch.bfloat16, enabled=low is not None):
+            loss, sums = module(step * rows, rows)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return tuple(map(_laid_out_as, found, parameters)), sums, not_finite(sums[0], found)
+        # Inductor would look at each parameter's gradient by a kernel of its own.
+        bad = loss_not_finite(sums[0]) if sums.is_cuda else not_finite(sums[0], found)
+        return tuple(map(_laid_out_as, found, parameters)), sums, bad
 
-    # Compiled code is kept with the function's code, which would be that of every run in this
-    # process; and `Updates` does not ask again which of them it is for.
-    gradients.__code__ = gradients.__code__.replace()
-    return torch.compile(gradients, fullgraph=True, dynamic=False)
+    return Compiled(gradients, required=required)
+
+
+def loss_not_finite(loss: Tensor) -> Tensor:
+    """1 where it is NaN or infinite, else 0: 0-d float32."""
+    return (loss - loss).ne(0.0).float()
 
 
 def not_finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
-    """Whether one of them is NaN or infinite, or all of them together beyond float32: 0-d bool.
+    """1 where one of them is NaN or infinite, else 0: 0-d float32, as fused optimizers want it.
 
-    Gradients are read once more for it. A sum is the fastest way to read on a CPU; on a GPU it is
-    PyTorch's norm of many tensors, a few kernels for all of them.
+    Gradients are read once more for it. A sum is the fastest way to read on a CPU; it is not finite
+    either where it leaves float32. On a GPU see `add_gradients`.
     """
-    there = [gradient.detach() for gradient in gradients if gradient is not None]
     if loss.is_cuda:
-        total = torch.nn.utils.get_total_norm(there)
-    else:
-        total = torch.stack([gradient.sum() for gradient in there]).sum()
-    return (loss + total).isfinite().logical_not()
+        bad = loss_not_finite(loss)
+        add_gradients(bad, gradients, torch.ones_like(bad))
+        return bad
+    there = [gradient.detach() for gradient in gradients if gradient is not None]
+    total = torch.stack([gradient.sum() for gradient in there]).sum()
+    return (loss + total).isfinite().logical_not().float()
+
+
+def add_gradients(bad: Tensor, gradients: Sequence[Tensor | None], one: Tensor) -> None:
+    """Set `bad` (0-d float32) to 1 where a gradient has an entry that is NaN or infinite.
+
+    PyTorch's kernel for scaled losses looks at many tensors in one launch; `one` is its scale.
+    """
+    of_type: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        if gradient is not None:
+            of_type.setdefault(gradient.dtype, []).append(gradient.detach())
+    for same in of_type.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(same, bad, one)
 
 
 def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae.training.ema import follow
+
 # Jordan et al. 2024: five rounds of this polynomial bring every singular value above about 1e-3
 # of the Frobenius norm to between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -22,30 +24,49 @@ def layer_weights(model: nn.Module) -> list[Tensor]:
 
 
 def orthogonalized(G: Tensor) -> Tensor:
-    """About U Vᵀ for G = U S Vᵀ: `[m, n]` floating → float32 `[m, n]`.
+    """About U Vᵀ for G = U S Vᵀ: `[m, n]` floating → float32 `[m, n]`."""
+    return all_orthogonalized([G])[0]
 
-    Newton–Schulz rounds (Jordan et al. 2024, "Muon") on the Gram matrix of the shorter side, which
-    is what they need to know of G: min(m, n)³ a round in place of min(m, n)² · max(m, n).
+
+def all_orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """About U Vᵀ for each G = U S Vᵀ: `[m, n]` floating → float32 `[m, n]`.
+
+    Newton–Schulz rounds (Jordan et al. 2024, "Muon") on the Gram matrices of the shorter sides,
+    which is all they need to know of G: min(m, n)³ a round in place of min(m, n)² · max(m, n).
+    Those of one size go through them together.
     """
-    if G.shape[0] > G.shape[1]:
-        return orthogonalized(G.T).T
-    X = G.float()
-    X = X / (X.norm() + 1e-20)
-    gram = X @ X.T
-    polynomial = product = _polynomial(gram)
-    for _ in range(ROUNDS - 1):
-        gram = polynomial @ gram @ polynomial
-        polynomial = _polynomial(gram)
-        product = polynomial @ product
-    return product @ X
+    # Each lies: no more rows than columns.
+    lying = [(G if G.shape[0] <= G.shape[1] else G.T).float() for G in matrices]
+    norms = torch._foreach_norm(lying)
+    torch._foreach_add_(norms, 1e-20)
+    lying = list(torch._foreach_div(lying, norms))
+    of_size: dict[int, list[int]] = {}
+    for i, X in enumerate(lying):
+        of_size.setdefault(len(X), []).append(i)
+    found = list(lying)
+    for places in of_size.values():
+        grams = torch.stack([lying[i] @ lying[i].T for i in places])
+        for i, product in zip(places, _product_of_rounds(grams), strict=True):
+            found[i] = product @ lying[i]
+    return [X if X.shape == G.shape else X.T for X, G in zip(found, matrices, strict=True)]
 
 
-def _polynomial(gram: Tensor) -> Tensor:
-    """What a round multiplies X by: a I + b X Xᵀ + c (X Xᵀ)²."""
+def _product_of_rounds(gram: Tensor) -> Tensor:
+    """What the rounds together multiply X by, from its Gram matrix X Xᵀ: `[N, m, m]` both.
+
+    A round multiplies by P = a I + Q, where Q = b X Xᵀ + c (X Xᵀ)², and so the Gram matrix by P on
+    both sides. The identity is added only where a sum has no other place for it.
+    """
     a, b, c = COEFFICIENTS
-    result = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-    result.diagonal().add_(a)
-    return result
+    Q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    product = Q.clone()
+    product.diagonal(dim1=-2, dim2=-1).add_(a)
+    for _ in range(ROUNDS - 1):
+        half = torch.baddbmm(gram, Q, gram, beta=a)
+        gram = torch.baddbmm(half, half, Q, beta=a)
+        Q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = torch.baddbmm(product, Q, product, beta=a)
+    return product
 
 
 class Muon(torch.optim.Optimizer):
@@ -91,41 +112,74 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                taken: Tensor | float = 1.0
-                gradient = p.grad
-                if self.found_inf is not None:
-                    taken = 1.0 - self.found_inf
-                    gradient = torch.where(self.found_inf.bool(), 0.0, gradient)
-                if group["weight_decay"]:
-                    p.mul_(1 - taken * group["lr"] * group["weight_decay"])
-                direction = self._of_matrix if id(p) in self.matrices else self._of_adam
-                p.sub_(direction(p, gradient, taken, group) * (taken * group["lr"]))
+            there = [p for p in group["params"] if p.grad is not None]
+            if not there:
+                continue
+            gradients = [p.grad for p in there]
+            taken: Tensor | float = 1.0
+            if self.found_inf is not None:
+                taken = 1.0 - self.found_inf
+                bad = self.found_inf.bool()
+                gradients = [torch.where(bad, 0.0, gradient) for gradient in gradients]
+            if group["weight_decay"]:
+                torch._foreach_mul_(there, 1 - taken * group["lr"] * group["weight_decay"])
+            step_size = taken * group["lr"]
+            for directions, are_matrices in ((self._of_matrices, True), (self._of_adam, False)):
+                chosen = [
+                    i for i, p in enumerate(there) if (id(p) in self.matrices) == are_matrices
+                ]
+                if chosen:
+                    parameters = [there[i] for i in chosen]
+                    ways = directions(parameters, [gradients[i] for i in chosen], taken, group)
+                    torch._foreach_mul_(ways, step_size)
+                    torch._foreach_sub_(parameters, ways)
 
-    def _of_matrix(
-        self, p: Tensor, gradient: Tensor, taken: Tensor | float, group: dict[str, Any]
-    ) -> Tensor:
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        kept = state["momentum_buffer"].lerp_(gradient, taken * (1 - group["momentum"]))
-        ahead = gradient.lerp(kept, group["momentum"]).flatten(1)
-        scale = RMS_OF_ADAM * math.sqrt(max(ahead.shape))
-        return (orthogonalized(ahead) * scale).view_as(p)
+    def _of_matrices(
+        self,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        taken: Tensor | float,
+        group: dict[str, Any],
+    ) -> list[Tensor]:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        kept = [self.state[p]["momentum_buffer"] for p in parameters]
+        follow(kept, gradients, taken * (1 - group["momentum"]))
+        ahead = torch._foreach_lerp(gradients, kept, group["momentum"])
+        found = all_orthogonalized([x.flatten(1) for x in ahead])
+        scales = [RMS_OF_ADAM * math.sqrt(max(x.shape)) for x in found]
+        scaled = torch._foreach_mul(found, scales)
+        return [x.reshape(p.shape) for x, p in zip(scaled, parameters, strict=True)]
 
     def _of_adam(
-        self, p: Tensor, gradient: Tensor, taken: Tensor | float, group: dict[str, Any]
-    ) -> Tensor:
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        if not state:
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        step = state["step"].add_(taken)
-        mean = state["exp_avg"].lerp_(gradient, taken * (1 - beta1))
-        square = state["exp_avg_sq"].lerp_(gradient.square(), taken * (1 - beta2))
+        self,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        taken: Tensor | float,
+        group: dict[str, Any],
+    ) -> list[Tensor]:
+        beta1, beta2 = group["betas"]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self.state[p][name] = torch.zeros_like(p)
+        steps, means, squares = (
+            [self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        # One tensor for all would be read by the host.
+        torch._foreach_add_(steps, taken if isinstance(taken, float) else [taken] * len(steps))
+        follow(means, gradients, taken * (1 - beta1))
+        follow(squares, torch._foreach_mul(gradients, gradients), taken * (1 - beta2))
         # Before the first step that is taken there is nothing to correct for, and 0 / 0.
-        first = step.clamp(min=1)
-        mean, square = mean / (1 - beta1**first), square / (1 - beta2**first)
-        return mean / (square.sqrt() + group["eps"])
+        firsts = torch._foreach_clamp_min(steps, 1)
+        of_means, of_squares = (
+            torch._foreach_neg(torch._foreach_sub(torch._foreach_pow(beta, firsts), 1))
+            for beta in (beta1, beta2)
+        )
+        sizes = list(torch._foreach_sqrt(torch._foreach_div(squares, of_squares)))
+        torch._foreach_add_(sizes, group["eps"])
+        found = list(torch._foreach_div(means, of_means))
+        torch._foreach_div_(found, sizes)
+        return found

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from fastvae.config import Config
 from fastvae.models import Model
-from fastvae.training.compiler import Gradients, gradients_in_one_graph, not_finite
+from fastvae.training.compiler import (
+    Compiled,
+    add_gradients,
+    compile_in_place,
+    gradients_in_one_graph,
+    not_finite,
+)
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.replay import Replay
@@ -27,13 +33,15 @@ from fastvae.training.together import shares
 class Updates:
     """Takes optimizer steps and sums what is to be logged of them."""
 
+    tally: Tensor
+    """All that is counted on the device, float64 `[len(METRICS) + 2]`; these are views of it:"""
     sums: Tensor
     """Sums over this process's images of `METRICS`, since they were last set to 0; without steps
     that were skipped."""
     skipped: Tensor
-    """Steps skipped since it was last set to 0: 0-d int64."""
+    """Steps skipped since it was last set to 0: 0-d."""
     last_good: Tensor
-    """How many steps there were after the last that was not skipped: 0-d int64."""
+    """How many steps there were after the last that was not skipped: 0-d."""
 
     def __init__(
         self,
@@ -63,19 +71,33 @@ class Updates:
         self.done = done
         self._begun = False
         self.step = torch.tensor(done, device=device)
-        self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        self.skipped, self.last_good = torch.zeros_like(self.step), self.step.clone()
+        self.tally = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=device)
+        self.sums, self.skipped, self.last_good = (
+            self.tally[: len(METRICS)], self.tally[-2], self.tally[-1],
+        )  # fmt: skip
+        self.last_good.fill_(done)
+        # What the optimizer and the average take of the weights in the step that is being taken.
+        self.rate, self.share = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._one = torch.ones((), device=device)
 
         # Compiled before it is wrapped: autocast is inside the graph; in place: names stay clean.
         module = FedStep(step, feed) if feed.on_device else step
         simple = feed.on_device and accelerator.num_processes == self.parts == 1
-        self.gradients: Gradients | None = None
+        required = config.compile == "on"
+        self.gradients: Compiled | None = None
+        self._compiled: list[Compiled] = []
+        self._account = self._accounting()
         if compiled and simple and accelerator.scaler is None:
             self.gradients = gradients_in_one_graph(
-                module, list(model.parameters()), config.batch_size, accelerator
+                module, list(model.parameters()), config.batch_size, accelerator, required=required
             )
-        if compiled and self.gradients is None:
-            module.compile(fullgraph=True, dynamic=False)
+            self._compiled.append(self.gradients)
+        elif compiled:
+            self._compiled.append(compile_in_place(module, required=required))
+        if compiled and device.type == "cuda":
+            # A dozen launches become two. On a CPU a call of compiled code costs as much as they.
+            self._account = Compiled(self._account, required=required)
+            self._compiled.append(self._account)
         with warnings.catch_warnings():
             # New in PyTorch under another name, which Accelerate does not pass on yet.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -83,7 +105,7 @@ class Updates:
         # Accelerate's optimizer is there to scale losses; the bare one does no work in Python.
         self.optimizer = prepared if accelerator.scaler else prepared.optimizer
         for group in self.optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"], device=device)
+            group["lr"] = self.rate
         # Fused optimizers, and Muon, know from the scaling of losses how to leave all as it is.
         fused = optimizer.defaults.get("fused", False) or hasattr(optimizer, "found_inf")
         self.skips = fused and accelerator.scaler is None
@@ -114,6 +136,25 @@ class Updates:
                 self.done += count
         self._begun = True
 
+    def snapshot(self) -> Tensor:
+        """A copy of `tally` as it is after the steps that were asked for. Nobody waits for it: a
+        GPU makes it when it gets there."""
+        return self.tally.clone()
+
+    def reset(self) -> None:
+        """Count the sums and the skipped steps from 0."""
+        self.tally[:-1].zero_()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps are compiled, of which one can be sure after the first."""
+        return bool(self._compiled) and not self.compile_problem
+
+    @property
+    def compile_problem(self) -> str:
+        """Why they are not although they should be, in one line; or nothing."""
+        return next((part.problem for part in self._compiled if part.problem), "")
+
     @property
     def in_a_row(self) -> int:
         """Steps skipped since the last good one. The host waits for the device."""
@@ -137,32 +178,47 @@ class Updates:
         """One optimizer step over `batch_size` images, this process's in `parts`; none where a
         gradient is not finite, of which all processes are sure alike."""
         self.optimizer.zero_grad(set_to_none=True)
-        rate = self._learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"].copy_(rate)
-        first = self.step * self.config.batch_size
         if self.gradients:
-            found, sums, bad = self.gradients(first)
+            found, sums, bad = self.gradients(self.step)
             for parameter, gradient in zip(self.model.parameters(), found, strict=True):
                 parameter.grad = gradient
+            if bad.is_cuda:
+                add_gradients(bad, found, self._one)
         else:
-            sums = torch.zeros_like(self.sums)
-            for part, rows in enumerate(self.rows):
+            first = self.step * self.config.batch_size
+            sums = self._accumulate(first, self.rows[0], 0)
+            for part, rows in enumerate(self.rows[1:], start=1):
                 sums += self._accumulate(first, rows, part)
             bad = not_finite(sums[0], [p.grad for p in self.model.parameters()])
+        self._account(sums, bad)
         if self.config.optimizer.clip_norm:
             self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.clip_norm
             )
         if self.skips:
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.ema:
-            self.ema.update(self.model, self.step, bad)
-        self.sums += torch.where(bad, 0.0, sums)
-        self.skipped += bad
-        self.step += 1
-        torch.where(bad, self.last_good, self.step, out=self.last_good)
+            self.ema.update(self.model, self.share)
+
+    def _accounting(self) -> Callable[[Tensor, Tensor], None]:
+        """A function of a step's sums and whether it is bad (as `not_finite` says it), that brings
+        all numbers of the run up to date: the counts, the rate of this step, the average's share
+        in it. No tensor but these is used, so that it can be compiled."""
+        step, tally, rate, share, ema = self.step, self.tally, self.rate, self.share, self.ema
+        rate_of = self._learning_rate
+
+        def account(sums: Tensor, bad: Tensor) -> None:
+            is_bad = bad.bool()
+            rate.copy_(rate_of(step))
+            if ema:
+                share.copy_(ema.share(step, is_bad))
+            step.add_(1)
+            last_good = torch.where(is_bad, tally[-1], step)
+            counted = tally[:-1] + torch.cat([torch.where(is_bad, 0.0, sums), bad.reshape(1)])
+            tally.copy_(torch.cat([counted, last_good.reshape(1)]))
+
+        return account
 
     def _accumulate(self, first: Tensor, rows: range, part: int) -> Tensor:
         """Add the gradient of some rows of the batch that begins at position `first`; their
