@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastvae.batch import Batch
-from fastvae.compiler import compiled_or_not
+from fastvae.compiler import Compiled
 from fastvae.data import ImageSet
 from fastvae.graphs import captured
 from fastvae.hardware import fits_on
@@ -128,9 +128,7 @@ class Evaluator:
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._terms: Callable[[Batch, Tensor], Tensor] = self._sums
         if compiled:
-            self._terms = compiled_or_not(
-                self._sums, lambda why: _log.warning("evaluations are not compiled: %s", why)
-            )
+            self._terms = Compiled(self._sums, required=False)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.evaluations = 0
 
@@ -149,6 +147,9 @@ class Evaluator:
                 break
             take()
         self.evaluations += 1
+        if isinstance(self._terms, Compiled) and self._terms.problem:
+            _log.warning("evaluations are not compiled: %s", self._terms.problem)
+            self._terms = self._sums
         self.model.train(was_training)
         sums = torch.cat([self.sums, self.sums.new_tensor([broken_off])])
         if self.accelerator:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastvae import noise
 from fastvae.batch import Batch
-from fastvae.compiler import compiler_problem
+from fastvae.compiler import compile_in_place
 from fastvae.data import ImageSet
 from fastvae.errors import UserError
 from fastvae.estimators.importance import importance_log_marginal
@@ -109,8 +109,8 @@ def _score(
     if compile is None:
         compile = samples * (share.last - share.first) > WORTH_COMPILING
     terms = _BlockTerms(vae, block, weighs)
-    if compile and not compiler_problem(device):
-        terms.compile(dynamic=False)
+    if compile:
+        compile_in_place(terms, required=False)
 
     columns: list[dict[str, Tensor]] = []
     for part in share.batches(rows):

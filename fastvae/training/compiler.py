@@ -1,9 +1,7 @@
 """Whether and how to compile the training step."""
 
 import copy
-from collections.abc import Callable, Sequence
-from types import FunctionType
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -11,9 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvae.batch import Batch
-from fastvae.compiler import compiler_problem
+from fastvae.compiler import Compiled
 from fastvae.config import Config
-from fastvae.errors import UserError
 from fastvae.training.step import TrainingStep
 
 # Compilation takes 10 to 40 seconds and then saves a quarter to a half of a run.
@@ -43,10 +40,6 @@ def should_compile(
         seconds = steps * _seconds_of_step(config, flops, device)
         if seconds < WORTHWHILE_SECONDS:
             return False, f"not compiled: {steps} steps end sooner without (or --compile on)"
-    if problem := compiler_problem(device):
-        if config.compile == "on":
-            raise UserError(f"--compile on: torch.compile does not work here: {problem}")
-        return False, f"not compiled: torch.compile does not work here: {problem}"
     return True, ""
 
 
@@ -68,65 +61,6 @@ def training_flops(step: TrainingStep, batch: Batch) -> float:
     with FlopCounterMode(display=False) as counter:
         trial(batch, position)
     return 3.0 * counter.get_total_flops()
-
-
-class Compiled:
-    """A function, compiled when it is first called; if that fails, called as it is.
-
-    Nothing of it has run by then: tracing and code generation come first, those of the backward
-    pass too.
-    """
-
-    def __init__(self, function: Callable[..., Any], *, required: bool) -> None:
-        """`required`: what cannot be compiled is a UserError."""
-        self.function, self.required = function, required
-        self.compiled = torch.compile(_of_its_own(function), fullgraph=True, dynamic=False)
-        self.called = False
-        self.problem = ""
-        """Why it is not compiled, in one line."""
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        if self.problem:
-            return self.function(*arguments, **keywords)
-        if self.called:
-            return self.compiled(*arguments, **keywords)
-        try:
-            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-                result = self.compiled(*arguments, **keywords)
-        except Exception as error:  # Dynamo, Inductor and Triton have many
-            if not type(error).__module__.startswith(
-                ("torch._dynamo", "torch._inductor", "triton")
-            ):
-                raise
-            self.problem = _first_line(error)
-            if self.required:
-                raise UserError(
-                    f"--compile on: this training step cannot be compiled: {self.problem}"
-                ) from error
-            return self.function(*arguments, **keywords)
-        self.called = True
-        return result
-
-
-def _of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled code is kept with the function's code, which would be that of every run in this
-    process; and `Updates` does not ask again which of them it is for."""
-    if isinstance(function, FunctionType):
-        function.__code__ = function.__code__.replace()
-    return function
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = (line for line in lines if line and not line.startswith("backend="))
-    return next(told, type(error).__name__)
-
-
-def compile_in_place(module: nn.Module, *, required: bool) -> Compiled:
-    """As `module.compile(fullgraph=True)`, which keeps the names of its parameters."""
-    compiled = Compiled(module._call_impl, required=required)
-    module._compiled_call_impl = compiled
-    return compiled
 
 
 def gradients_in_one_graph(

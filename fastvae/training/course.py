@@ -193,6 +193,8 @@ class Course:
         if clock.first_step_seconds is None:
             clock.first_step(self.accelerator.device)
             self.interrupt.stop_at_once(None)
+            if updates.compile_problem:
+                self.log.say(f"not compiled: {updates.compile_problem}")
             self.log.say(f"first step {clock.first_step_seconds:.1f} s after the start")
         else:
             clock.count(taken * self.config.batch_size)
@@ -254,8 +256,7 @@ class Course:
         waited = 0.0 if stream is None else stream.waited
         line = Line(done, self.images, self._reading(), self.clock.window(), waited)
         self.lines.append(line)
-        updates.sums.zero_()
-        updates.skipped.zero_()
+        updates.reset()
         updates.feed.bad_samples = 0
         if stream is not None:
             stream.waited = 0.0
@@ -320,6 +321,7 @@ class Course:
                 return
             self.log.flush()  # lines up to this step are there if the checkpoint is
             state = {**vars(counters), "samples": updates.done * self.config.batch_size}
+            state["compiled"] = updates.compiled
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             is_measured = self.result is not None and self.evaluated == updates.done and self.said
@@ -339,7 +341,7 @@ class Course:
         updates = self.updates
         own = torch.cat([updates.sums, updates.sums.new_tensor([updates.feed.bad_samples])])
         faults = torch.stack([updates.skipped, updates.step - updates.last_good])
-        return Reading(torch.cat([self.accelerator.reduce(own, reduction="sum"), faults.double()]))
+        return Reading(torch.cat([self.accelerator.reduce(own, reduction="sum"), faults]))
 
     def _line(self, done: int, means: dict[str, float | None], skipped: int) -> dict[str, Any]:
         """The training part of a line of metrics.jsonl: the loss, and beside it the bound itself.

@@ -21,7 +21,7 @@ from accelerate.utils import (
 from fastvae import checkpoints, runs
 from fastvae.build import build_model, build_objective
 from fastvae.combinations import why_unread
-from fastvae.compiler import keep_compiled_code
+from fastvae.compiler import keep_compiled_code, require_compiler
 from fastvae.config import Config, OptimizerConfig, differences, flat
 from fastvae.data import ImageSet, load_data
 from fastvae.errors import OneProcessError, UserError
@@ -91,6 +91,8 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
     if device.type == "cuda":  # on the default stream nothing can be captured
         torch.cuda.set_stream(torch.cuda.Stream(device))
     use_matmul_precision(config.matmul_precision, device)
+    if config.compile == "on":
+        require_compiler(device)
     together = Together(accelerator, PATIENCE)
     together.require_equal({**_settings(config), **runs.versions(), "code": runs.code()})
     _check_batch(config, accelerator.num_processes)
@@ -195,7 +197,7 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
             log,
             clock,
             counters,
-            {**facts, "compiled": compiled},
+            facts,
         )
         with _mendable(config, f"continue with --resume {run}"):
             result = course.go(interrupt)
@@ -203,7 +205,7 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
     if result is None:  # an earlier process ended between the last checkpoint and the results
         result = evaluator()
     if accelerator.is_main_process:
-        circumstances = _circumstances(clock, accelerator, compiled, updates)
+        circumstances = _circumstances(clock, accelerator, updates)
         written = write_results(
             run, final_model, heldout_set, result, circumstances, seed=config.seed
         )
@@ -415,16 +417,14 @@ def _introduction(
     )
 
 
-def _circumstances(
-    clock: Clock, accelerator: Accelerator, compiled: bool, updates: Updates
-) -> dict[str, Any]:
+def _circumstances(clock: Clock, accelerator: Accelerator, updates: Updates) -> dict[str, Any]:
     """The part of results.json that says how it was computed, not what."""
     return {
         "images_per_second": clock.overall(),
         "seconds_to_first_step": round(clock.first_step_seconds or 0.0, 2),
         "mixed_precision": accelerator.mixed_precision,
         **float32_precision(),
-        "compiled": compiled,
+        "compiled": updates.compiled,
         **({"replay": updates.replay.facts()} if updates.replay else {}),
         **runs.environment(accelerator.device, accelerator.num_processes),
     }

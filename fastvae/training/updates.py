@@ -13,12 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fastvae.compiler import Compiled, compile_in_place
 from fastvae.config import Config
 from fastvae.models import Model
 from fastvae.training.compiler import (
-    Compiled,
     add_gradients,
-    compile_in_place,
     gradients_in_one_graph,
     not_finite,
 )

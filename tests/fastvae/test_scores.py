@@ -271,18 +271,17 @@ def test_compiled(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
     vae, data = CASES[name]().eval(), grey_set(23, (2, 5, 3), 3)
     memory, compiled = 4 * activation_numbers(vae) * 5 * 10, []
 
-    def compile_with(terms: nn.Module, **options: Any) -> None:
-        compiled.append(options)
-        nn.Module.compile(terms, backend=backend, fullgraph=True, **options)
+    def compile_with(terms: nn.Module, *, required: bool) -> None:
+        compiled.append(required)
+        terms.compile(backend=backend, fullgraph=True, dynamic=False)
 
-    monkeypatch.setattr(module._BlockTerms, "compile", compile_with)
-    monkeypatch.setattr(module, "compiler_problem", lambda device: "")
+    monkeypatch.setattr(module, "compile_in_place", compile_with)
     expected = score(vae, data, seed=2, samples=5, memory_bytes=memory, compile=False)
     assert not compiled
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found = score(vae, data, seed=2, samples=5, memory_bytes=memory, compile=True)
-    assert compiled == [{"dynamic": False}]
+    assert compiled == [False]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert_alike(found, expected)
 
@@ -290,8 +289,7 @@ def test_compiled(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_work_that_pays_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, data, compiled = make_vae("mlp", SHAPE), grey_set(10, SHAPE), []
     monkeypatch.setattr(module, "WORTH_COMPILING", 40)
-    monkeypatch.setattr(module, "compiler_problem", lambda device: "")
-    monkeypatch.setattr(module._BlockTerms, "compile", lambda self, **options: compiled.append(1))
+    monkeypatch.setattr(module, "compile_in_place", lambda terms, required: compiled.append(1))
     score(vae, data, seed=0, samples=4)
     assert not compiled
     score(vae, data, seed=0, samples=5)

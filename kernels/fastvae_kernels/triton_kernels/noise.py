@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae_kernels.triton_kernels.device_math import row_normals
+from fastvae_kernels.triton_kernels.device_math import philox4x32, row_normals
 from fastvae_kernels.triton_kernels.launch import OPTIONS, TILE, on_device
 
 
@@ -25,7 +25,7 @@ def row_uniforms(seed, position_R, first_column, D, BLOCK_R: tl.constexpr, BLOCK
     low_RG = call_RG.to(tl.uint32)
     high_RG = (call_RG >> 32).to(tl.uint32)
     zero_RG = low_RG * 0
-    a, b, c, d = tl.philox(seed, low_RG, high_RG, zero_RG, zero_RG)
+    a, b, c, d = philox4x32(seed, low_RG, high_RG, zero_RG, zero_RG)
     # join stacks on a new last axis: [R, G, 2, 2] → columns 4g, 4g+1, 4g+2, 4g+3.
     bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK_R, BLOCK_C))
     # 24 bits are a float32 as they are; an int32 is converted in one instruction.
