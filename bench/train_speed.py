@@ -65,7 +65,8 @@ def run(settings: Settings) -> Iterator[Found]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = _config(settings, folder)
-        yield "facts", {"preset": PRESET, "data": config.data.data, "batch": config.batch_size}
+        data = "MNIST" if settings.mnist_dir else "made-up digits"
+        yield "facts", {"preset": PRESET, "data": data, "batch": config.batch_size}
         train(replace(config, max_steps=max(8, steps // 50), output=folder / "first"), name="first")
         yield from each(KINDS, lambda kind: [_row(kind, config, steps, folder, settings)], settings)
 
