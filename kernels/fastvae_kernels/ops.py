@@ -53,13 +53,16 @@ def uniform(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastvae::normal", mutates_args=())
-def normal(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
-    """Float32 `[rows, columns]` on `seed`'s device."""
-    if _draws_in_triton(seed, rows, columns):
+def normal(
+    rows: int, columns: int, seed: Tensor, offset: Tensor, samples: int | None = None
+) -> Tensor:
+    """Float32 `[rows, columns]` on `seed`'s device; with `samples` `[samples, rows, columns]`, by
+    the definition alone."""
+    if samples is None and _draws_in_triton(seed, rows, columns):
         from fastvae_kernels.triton_kernels.noise import normal
 
         return normal(rows, columns, seed, offset)
-    return philox.row_normals(rows, columns, seed, offset).contiguous()
+    return philox.row_normals(rows, columns, seed, offset, samples).contiguous()
 
 
 def _draws_in_triton(seed: Tensor, rows: int, columns: int) -> bool:
@@ -68,8 +71,9 @@ def _draws_in_triton(seed: Tensor, rows: int, columns: int) -> bool:
 
 @uniform.register_fake
 @normal.register_fake
-def _(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tensor:
-    return seed.new_empty((rows, columns), dtype=torch.float32)
+def _(rows: int, columns: int, seed: Tensor, offset: Tensor, samples: int | None = None) -> Tensor:
+    shape = (rows, columns) if samples is None else (samples, rows, columns)
+    return seed.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("fastvae::binarize", mutates_args=())
