@@ -307,7 +307,7 @@ def launches(name: str, compiled: bool) -> Launches:
     found = Launches()
     with (
         pretended_gpu(),
-        patch("fastvae.training.feed._free", lambda device: 2**40),
+        patch("fastvae.hardware._free", lambda device: 2**40),
         patch("fastvae.data.ImageSet.__post_init__", lambda self: None),  # looks at values
         # PyTorch goes through lists of tensors at once, but not if these are shapes alone.
         patch("torch.nn.utils.clip_grad._has_foreach_support", lambda tensors, device: True),

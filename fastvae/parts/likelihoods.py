@@ -26,7 +26,7 @@ from torch.nn.functional import softplus
 
 from fastvae.batch import gathered
 from fastvae.errors import UserError
-from fastvae.parts.networks import pixels
+from fastvae.parts.networks import pixels, require_pixels
 from fastvae.parts.ranks import mean_over_ranks
 from fastvae.parts.spec import part
 
@@ -105,6 +105,7 @@ class Bernoulli(nn.Module):
     ) -> Tensor:
         """Zeros and ones if binarised dynamically, else the pixels in [0, 1]."""
         if self.binarize == "dynamic":
+            require_pixels(x)
             return binarize(x, seed, offset=offset, indices=indices)
         return pixels(gathered(x, indices))
 

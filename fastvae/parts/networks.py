@@ -237,8 +237,11 @@ class Table(nn.Module):
 
 def pixels(x: Tensor) -> Tensor:
     """Images as float32 in [0, 1]: uint8 is divided by 255, bool becomes 0 and 1."""
-    if x.dtype == torch.uint8:
-        return x.float() / 255.0
-    if x.dtype != torch.bool and not x.is_floating_point():
+    require_pixels(x)
+    return x.float() / 255.0 if x.dtype == torch.uint8 else x.float()
+
+
+def require_pixels(x: Tensor) -> None:
+    """Raise UserError for a type whose scale is not known."""
+    if x.dtype not in (torch.uint8, torch.bool) and not x.is_floating_point():
         raise UserError(f"images are uint8, bool, or floating in [0, 1], got {x.dtype}")
-    return x.float()

@@ -117,6 +117,11 @@ class ImportanceWeighted(nn.Module):
         self.num_samples = num_samples
         self.groups = groups
         self.elbo_share = elbo_share
+        if doubly_reparameterized or decoder_all:
+            # Opaque to the compiler's front end, which before torch 2.12 or so moves a hook to
+            # where its tensor is made, and that is before its weights are; what comes after it runs
+            # this with autograd's graph. Here, since it imports the compiler.
+            torch.compiler.allow_in_graph(_weighted_sum)
         self.doubly_reparameterized = doubly_reparameterized
         self.decoder_all = decoder_all
 
@@ -239,9 +244,6 @@ class MMD(nn.Module):
         return within / (n * (n - 1)) - 2.0 * similarity(a, b).mean()
 
 
-# Opaque to the compiler's front end, which before torch 2.12 or so moves a hook to where its tensor
-# is made, and that is before its weights are; what comes after it runs this with autograd's graph.
-@torch.compiler.allow_in_graph
 def _weighted_sum(
     log_weights_SB: Tensor, weights_SB: Tensor, z_SBD: Tensor, weights_through_z_SB: Tensor
 ) -> Tensor:

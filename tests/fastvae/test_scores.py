@@ -253,7 +253,8 @@ def test_an_image_meets_the_noise_of_its_place() -> None:
     assert len(found.nll.unique()) == 4
     assert not torch.equal(score(vae, data, seed=3).nll, found.nll)
     fewer = score(vae, data.select(slice(2)), seed=2)
-    torch.testing.assert_close(fewer.nll, found.nll[:2])
+    # Of rough weights, so that rounding shows: a batch of another size sums in another order.
+    torch.testing.assert_close(fewer.nll, found.nll[:2], rtol=1e-6, atol=0)
 
 
 def test_one_draw_is_that_of_the_model_itself() -> None:

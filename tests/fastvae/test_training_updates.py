@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvae.build import build_model, build_objective
+from fastvae.compiler import compile_in_place
 from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from fastvae.data import DataConfig, ImageSet, load_data
 from fastvae.errors import UserError
@@ -19,7 +20,6 @@ from fastvae.training import replay
 from fastvae.training.compiler import (
     Compiled,
     add_gradients,
-    compile_in_place,
     loss_not_finite,
     not_finite,
 )

@@ -1,5 +1,6 @@
 """The model: its terms against torch.distributions and integrals, its shapes, its files."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_terms_against_torch_distributions(network: str, kind: str, offset: int,
         x = (x > 127).to(torch.uint8) * 255
     terms = vae(x, seed, offset)
 
-    exact = make_vae(network, (1, 7, 5), likelihood).double()
+    exact = make_vae(network, (1, 7, 5), copy.deepcopy(likelihood)).double()
     exact.load_state_dict({k: v.double() for k, v in vae.state_dict().items()})
     grey = x.double() / 255
     if kind == "dynamic":

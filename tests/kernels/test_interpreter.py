@@ -24,7 +24,7 @@ MINIMUM = {
     "test_reparameterize_kl.py": 200,
     "test_bernoulli_nll.py": 100,
     "test_gaussian_nll.py": 230,
-    "test_noise.py": 90,
+    "test_noise.py": 40,
     "test_binarize.py": 100,
 }
 MINIMUM_SLOW = {"test_row_weight.py": 260, "test_indices.py": 130}

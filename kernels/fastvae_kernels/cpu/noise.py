@@ -15,6 +15,9 @@ from fastvae_kernels.cpu import build
 
 _log = logging.getLogger(__name__)
 
+# Read once, since a compiler's trace cannot.
+IS_SWITCHED_OFF = os.environ.get("FASTVAE_NO_C", "0") not in ("", "0")
+
 
 def is_direct(*inputs: Tensor) -> bool:
     """Whether C code may read `inputs` and write new tensors: each is one int64 in a plain tensor
@@ -37,7 +40,7 @@ def library() -> ctypes.CDLL | None:
 
     Whether it computes the right thing is for the caller to see.
     """
-    if os.environ.get("FASTVAE_NO_C", "0") not in ("", "0"):
+    if IS_SWITCHED_OFF:
         return None
     try:
         loaded = build.load(Path(__file__).with_name("philox.c"))
