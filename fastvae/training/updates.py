@@ -8,6 +8,7 @@ operations every time and a GPU can replay it.
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -60,7 +61,12 @@ class Updates:
         self.model, self.training_step, self.feed, self.ema = model, step, feed, ema
         self.bare_optimizer = optimizer
         self.accelerator, self.config = accelerator, config
-        self.total_steps = total_steps
+        self._learning_rate = partial(
+            learning_rate,
+            config.optimizer,
+            total_steps=total_steps,
+            steps_per_epoch=feed.size / config.batch_size,
+        )
         device = accelerator.device
         self.parts = config.gradient_accumulation_steps
         # This process's rows of each part of a batch: all processes' together are what one process
@@ -239,7 +245,3 @@ class Updates:
                 loss = loss * (1.0 + 0.0 * loss.detach())
             self.accelerator.backward(loss)
         return sums
-
-    def _learning_rate(self, step: Tensor) -> Tensor:
-        per_epoch = self.feed.size / self.config.batch_size
-        return learning_rate(self.config.optimizer, step, self.total_steps, per_epoch)

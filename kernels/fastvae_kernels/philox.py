@@ -107,7 +107,7 @@ def row_uniforms(rows: int, columns: int, seed: Tensor, offset: Tensor) -> Tenso
     if noise.is_direct(seed, offset) and (c := _c_code()):
         return noise.row_uniforms(c, rows, columns, seed, offset)
     if _is_traced_for_c(offset):
-        return torch.ops.fastvae.uniform(rows, columns, seed, offset)
+        return torch.ops.fastvae.uniform.default(rows, columns, seed, offset)
     return _uniforms(rows, columns, seed, offset)
 
 
@@ -119,7 +119,7 @@ def row_normals(
     if noise.is_direct(seed, offset) and (c := _c_code()):
         return noise.row_normals(c, rows, columns, seed, offset, samples)
     if _is_traced_for_c(offset):
-        return torch.ops.fastvae.normal(rows, columns, seed, offset, samples)
+        return torch.ops.fastvae.normal.default(rows, columns, seed, offset, samples)
     return _normals(rows, columns, seed, offset, samples)
 
 
@@ -129,7 +129,7 @@ def _is_traced_for_c(offset: Tensor) -> bool:
     operations fewer are to be compiled. An exported program needs nothing of this package."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    return offset.device.type == "cpu" and not noise.IS_SWITCHED_OFF
+    return offset.device.type == "cpu" and not noise.WAS_SWITCHED_OFF
 
 
 @functools.cache
@@ -179,7 +179,9 @@ def minus_two_log(u: Tensor) -> Tensor:
 def _root(x: Tensor) -> Tensor:
     """The nearest float32 to √x. Compilers take the processor's own root, which gives it; eager
     PyTorch on a CPU may call a library's, which errs by a unit in the last place."""
-    return torch.sqrt(x) if torch.compiler.is_compiling() else torch.sqrt(x.double()).float()
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return torch.sqrt(x)
+    return torch.sqrt(x.double()).float()
 
 
 def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,6 @@ from fastvae_kernels.cpu import build
 
 _log = logging.getLogger(__name__)
 
-# Read once, since a compiler's trace cannot.
-IS_SWITCHED_OFF = os.environ.get("FASTVAE_NO_C", "0") not in ("", "0")
-
 
 def is_direct(*inputs: Tensor) -> bool:
     """Whether C code may read `inputs` and write new tensors: each is one int64 in a plain tensor
@@ -34,13 +31,21 @@ def is_direct(*inputs: Tensor) -> bool:
     )
 
 
+def is_switched_off() -> bool:
+    return os.environ.get("FASTVAE_NO_C", "0") not in ("", "0")
+
+
+WAS_SWITCHED_OFF = is_switched_off()
+"""At the start: a compiler's trace cannot look."""
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The C code; None where FASTVAE_NO_C is set or it cannot be built (a debug message says why).
 
     Whether it computes the right thing is for the caller to see.
     """
-    if IS_SWITCHED_OFF:
+    if is_switched_off():
         return None
     try:
         loaded = build.load(Path(__file__).with_name("philox.c"))
