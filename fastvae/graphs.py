@@ -15,9 +15,9 @@ def captured(
     """
     # Other threads go on meanwhile: one copies a checkpoint to the host, NCCL's looks at events.
     mode = "thread_local"
-    graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
     try:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
             for _ in range(times):
                 function()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,9 @@ def _make_accelerator(config: Config) -> Accelerator:
         raise UserError(
             f"--tracker {config.tracker} is not installed: pip install 'fastvae[{config.tracker}]'"
         )
+    # PyTorch's optimizers import its compiler. If the processes' group is there by then, functions
+    # keep it as a default argument, and its threads outlive the run.
+    import_module("torch._dynamo")
     precision = None if config.mixed_precision == "auto" else config.mixed_precision
     try:
         accelerator = Accelerator(

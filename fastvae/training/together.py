@@ -1,6 +1,5 @@
 """What the processes of a run tell each other beside the gradients: on the host, in JSON."""
 
-import gc
 import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -107,7 +106,6 @@ def leave_the_others() -> None:
     """End what connects this process with the others, if anything does, before Python ends: a
     thread of theirs that then lets go of a tensor would abort the process."""
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # what is left of the run may hold the group in a circle of references
         dist.destroy_process_group()
 
 

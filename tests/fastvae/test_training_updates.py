@@ -437,7 +437,7 @@ def test_compiled_code_that_was_asked_for(parts: int, digits: ImageSet) -> None:
     config = replace(CONFIG, compile="on", gradient_accumulation_steps=parts)
     updates = reading(config, digits, compiled=True)
     before = weights(updates)
-    with pytest.raises(UserError, match=r"^--compile on: this training step cannot be compiled: "):
+    with pytest.raises(UserError, match=r"^--compile on: this model cannot be compiled: "):
         updates.advance(2)
     assert (int(updates.step), updates.snapshot().abs().sum()) == (0, 0)
     for name, value in weights(updates).items():
