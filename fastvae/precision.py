@@ -34,12 +34,13 @@ def use_matmul_precision(wanted: MatmulPrecision, device: torch.device) -> str:
     return chosen
 
 
-def float32_precision() -> dict[str, str]:
-    """What is set now, for results: the name for matrix products, and whether convolutions on a GPU
-    are computed in "ieee" float32 or may round their factors to "tf32"."""
+def float32_precision(device: torch.device) -> dict[str, str]:
+    """What is set now, for results: the name for matrix products, and whether convolutions are
+    computed in "ieee" float32, as always on a CPU, or may round their factors to "tf32"."""
+    is_rounded = device.type == "cuda" and torch.backends.cudnn.allow_tf32
     return {
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "convolution_precision": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        "convolution_precision": "tf32" if is_rounded else "ieee",
     }
 
 

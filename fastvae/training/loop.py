@@ -427,7 +427,7 @@ def _circumstances(clock: Clock, accelerator: Accelerator, updates: Updates) -> 
         "images_per_second": clock.overall(),
         "seconds_to_first_step": round(clock.first_step_seconds or 0.0, 2),
         "mixed_precision": accelerator.mixed_precision,
-        **float32_precision(),
+        **float32_precision(accelerator.device),
         "compiled": updates.compiled,
         **({"replay": updates.replay.facts()} if updates.replay else {}),
         **runs.environment(accelerator.device, accelerator.num_processes),

@@ -30,12 +30,14 @@ def test_what_is_asked_for_is_set(wanted: str) -> None:
 )
 def test_convolutions_follow_the_products(wanted: str, convolutions: str) -> None:
     torch.backends.cudnn.allow_tf32 = wanted == "highest"  # the contrary of what must become of it
-    use_matmul_precision(wanted, torch.device("cuda"))  # type: ignore[arg-type]
+    gpu = torch.device("cuda")
+    use_matmul_precision(wanted, gpu)  # type: ignore[arg-type]
     assert torch.backends.cudnn.allow_tf32 == (convolutions == "tf32")
-    assert float32_precision() == {
-        "matmul_precision": wanted,
-        "convolution_precision": convolutions,
-    }
+    for device, expected in ((gpu, convolutions), (CPU, "ieee")):
+        assert float32_precision(device) == {
+            "matmul_precision": wanted,
+            "convolution_precision": expected,
+        }
 
 
 @pytest.mark.parametrize("wanted", ["auto", "highest"])
