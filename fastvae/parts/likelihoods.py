@@ -67,6 +67,17 @@ class Likelihood(Protocol):
         """Draw x ~ p(x | z), float32 `[B, C, H, W]`."""
 
 
+def _observe_pixels(
+    self: nn.Module,
+    x: Tensor,
+    seed: int | Tensor,
+    offset: int | Tensor,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """The pixels in [0, 1]: `observe` of likelihoods that draw nothing."""
+    return pixels(gathered(x, indices))
+
+
 @part("likelihood", "bernoulli")
 class Bernoulli(nn.Module):
     """Independent pixels in {0, 1}; the decoder gives logits.
@@ -152,15 +163,7 @@ class Gaussian(nn.Module):
         """A mean for each value."""
         return image_channels
 
-    def observe(
-        self,
-        x: Tensor,
-        seed: int | Tensor,
-        offset: int | Tensor,
-        indices: Tensor | None = None,
-    ) -> Tensor:
-        """The pixels in [0, 1]."""
-        return pixels(gathered(x, indices))
+    observe = _observe_pixels
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
@@ -201,15 +204,7 @@ class GaussianPerPixel(nn.Module):
         """A mean and a log-variance for each value."""
         return 2 * image_channels
 
-    def observe(
-        self,
-        x: Tensor,
-        seed: int | Tensor,
-        offset: int | Tensor,
-        indices: Tensor | None = None,
-    ) -> Tensor:
-        """The pixels in [0, 1]."""
-        return pixels(gathered(x, indices))
+    observe = _observe_pixels
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
@@ -254,15 +249,7 @@ class GaussianOptimal(nn.Module):
         """A mean for each value."""
         return image_channels
 
-    def observe(
-        self,
-        x: Tensor,
-        seed: int | Tensor,
-        offset: int | Tensor,
-        indices: Tensor | None = None,
-    ) -> Tensor:
-        """The pixels in [0, 1]."""
-        return pixels(gathered(x, indices))
+    observe = _observe_pixels
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """The full density with its constant, `[B]` nats."""
@@ -396,15 +383,7 @@ class LogisticMixture(nn.Module):
             start[2 + 2 * c] = (spread / self.mixtures).log()
         return start.view(-1, 1, 1).expand(-1, height, width)
 
-    def observe(
-        self,
-        x: Tensor,
-        seed: int | Tensor,
-        offset: int | Tensor,
-        indices: Tensor | None = None,
-    ) -> Tensor:
-        """The pixels in [0, 1]."""
-        return pixels(gathered(x, indices))
+    observe = _observe_pixels
 
     def nll(self, parameters: Tensor, x: Tensor, impl: Impl = "auto") -> Tensor:
         """−Σ log Σ_m π_m p_m(level), `[B]` nats; `x` in [0, 1] is read as its nearest level."""
