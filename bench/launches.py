@@ -41,6 +41,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastvae.build import build_model, build_objective
+from fastvae.hardware import image_format
 from fastvae.presets import PRESETS, preset
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
@@ -290,7 +291,13 @@ def step_of(name: str, compiled: bool) -> Updates:
     return Updates(
         model,
         step,
-        Feed(data, 0, DEVICE, samples_ahead=config.batch_size),
+        Feed(
+            data,
+            0,
+            DEVICE,
+            samples_ahead=config.batch_size,
+            memory_format=image_format(model),
+        ),
         make_optimizer(optimizer, model),
         EMA(model, optimizer.ema_decay) if optimizer.ema_decay else None,
         accelerator,

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastvae.build import build_model, build_objective
 from fastvae.config import Config
 from fastvae.data import ImageSet
+from fastvae.hardware import image_format
 from fastvae.presets import preset
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
@@ -93,12 +94,16 @@ def make_updates(
     time. `replayed`: by a CUDA graph, on a GPU."""
     device = accelerator.device
     train_set = ImageSet(images, None, "random")
-    feed = Feed(
-        train_set, config.seed, device, samples_ahead=MOST_STEPS_PER_LAUNCH * config.batch_size
-    )
     torch.manual_seed(0)
     model = build_model(config.model, train_set, config.batch_size).to(device)
     model.to(memory_format=torch.channels_last)
+    feed = Feed(
+        train_set,
+        config.seed,
+        device,
+        samples_ahead=MOST_STEPS_PER_LAUNCH * config.batch_size,
+        memory_format=image_format(model),
+    )
     objective = build_objective(config.objective, len(images))
     updates = Updates(
         model,

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from fastvae_kernels.layout import is_channels_last
 from torch import Tensor
 
 
@@ -30,5 +31,10 @@ class Batch(NamedTuple):
 
 
 def gathered(data: Tensor, indices: Tensor | None) -> Tensor:
-    """The rows of `data` that indices choose; all of them without indices."""
-    return data if indices is None else data.index_select(0, indices)
+    """The rows of `data` that indices choose, in its order of memory; all of them without
+    indices."""
+    if indices is None:
+        return data
+    if is_channels_last(data):  # index_select alone would answer in the other order
+        return data.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+    return data.index_select(0, indices)

@@ -14,7 +14,7 @@ from fastvae.batch import Batch
 from fastvae.compiler import Compiled
 from fastvae.data import ImageSet
 from fastvae.graphs import captured
-from fastvae.hardware import fits_on
+from fastvae.hardware import fits_on, image_format
 from fastvae.models import Model
 from fastvae.noise import derived_seed
 from fastvae.parts.terms import Terms
@@ -111,6 +111,7 @@ class Evaluator:
         given. `compiled`: if there is a compiler that can."""
         self.model, self.heldout, self.accelerator = model, heldout, accelerator
         self.device = next(model.parameters()).device
+        self.memory_format = image_format(model)
         rank, world = 0, 1
         if accelerator:
             rank, world = accelerator.process_index, accelerator.num_processes
@@ -118,7 +119,7 @@ class Evaluator:
         own = heldout.select(slice(self.first, len(heldout) * (rank + 1) // world))
         self.size = len(own)
         self.on_device = fits_on(self.device, own)
-        self.set = own.to(self.device) if self.on_device else own
+        self.set = own.to(self.device, self.memory_format) if self.on_device else own
         most = batch_size or min(MOST_IMAGES, max(1, MOST_VALUES // math.prod(heldout.image_shape)))
         self.batches = -(-self.size // most)
         # As even as can be: all batches have one shape, and few rows are computed for nothing.
@@ -169,7 +170,7 @@ class Evaluator:
             labels = None if labels is None else labels.index_select(0, index)
             batch = Batch(self.set.tensor, labels, chosen=index)
         else:
-            part = self.set.select(index.cpu()).to(self.device)
+            part = self.set.select(index.cpu()).to(self.device, self.memory_format)
             batch = Batch(part.tensor, part.labels)
         self.sums += self._terms(batch, places)
         self.begin += self.rows

@@ -138,11 +138,16 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[found.taken]
         return ImageSet(found.images, labels, self.name)
 
-    def to(self, device: torch.device | str) -> "ImageSet":
-        """The same images on `device`, decoded."""
+    def to(
+        self,
+        device: torch.device | str,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> "ImageSet":
+        """The same images on `device`, decoded, in an order of memory."""
         found = self.loaded()
         labels = None if found.labels is None else found.labels.to(device)
-        return ImageSet(found.tensor.to(device), labels, self.name)
+        images = found.tensor.to(device).to(memory_format=memory_format)
+        return ImageSet(images, labels, self.name)
 
 
 def join(parts: Sequence[ImageSet]) -> ImageSet:

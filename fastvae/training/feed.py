@@ -29,13 +29,15 @@ class Feed:
         device: torch.device,
         samples_ahead: int,
         workers: int | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         """`samples_ahead`: the most positions that one `prepare` covers. `workers`: processes that
-        decode images which lie encoded; None: as many as there are cores, at most 8."""
-        self.device = device
+        decode images which lie encoded; None: as many as there are cores, at most 8.
+        `memory_format`: in which order images lie on the device."""
+        self.device, self.memory_format = device, memory_format
         stored = images.images if isinstance(images.images, StoredImages) else None
         self.on_device = fits_on(device, images)
-        self.set = images.to(device) if self.on_device else images
+        self.set = images.to(device, memory_format) if self.on_device else images
         self.size = len(images)
         self.order = EpochOrder(self.size, seed)
         self.stream: Stream | None = None
@@ -92,11 +94,12 @@ class Feed:
         return self._copied(self.set.select(index).with_pixels(found), index[found.taken])
 
     def _copied(self, rows: ImageSet, index: Tensor) -> Batch:
-        copied = (
+        images, labels, indices = (
             None if x is None else self._pinned(x).to(self.device, non_blocking=True)
             for x in (rows.tensor, rows.labels, index)
         )
-        return Batch(*copied)  # type: ignore[arg-type]
+        assert images is not None
+        return Batch(images.to(memory_format=self.memory_format), labels, indices)
 
     def _pinned(self, x: Tensor) -> Tensor:
         pin = self.device.type == "cuda" and not (x.is_cuda or x.is_pinned())

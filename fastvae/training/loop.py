@@ -28,6 +28,7 @@ from fastvae.data import ImageSet, load_data
 from fastvae.errors import OneProcessError, UserError
 from fastvae.evaluation import Evaluation, Evaluator, quantity_names
 from fastvae.files import write_whole
+from fastvae.hardware import image_format
 from fastvae.models import Model
 from fastvae.noise import derived_seed
 from fastvae.parts.objectives import Objective
@@ -104,13 +105,6 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
     facts = {"train_data": train_set.fingerprint, "heldout_data": heldout_set.fingerprint}
     together.require_equal(facts)
     train_set, heldout_set = (runs.prepare(s, config) for s in (train_set, heldout_set))
-    feed = Feed(
-        train_set,
-        config.seed,
-        device,
-        samples_ahead=MOST_STEPS_PER_LAUNCH * config.batch_size,
-        workers=config.data.data_workers,
-    )
     plan = Plan.of(config, len(train_set))
 
     # The model, what it maximises, and how.
@@ -118,6 +112,14 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
     model = build_model(config.model, train_set, config.batch_size).to(device)
     # The order of memory that convolutions are fastest in; nothing else has four dimensions.
     model.to(memory_format=torch.channels_last)
+    feed = Feed(
+        train_set,
+        config.seed,
+        device,
+        samples_ahead=MOST_STEPS_PER_LAUNCH * config.batch_size,
+        workers=config.data.data_workers,
+        memory_format=image_format(model),
+    )
     objective = build_objective(config.objective, len(train_set))
     _check_together(model, objective, heldout_set, config, accelerator.num_processes)
     optimizer = make_optimizer(config.optimizer, model)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastvae_kernels import ops, philox, reference
+from fastvae_kernels.layout import in_memory_order
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -169,6 +170,7 @@ def bernoulli_nll(
     _check_floating("logits", logits)
     _check_target(target, "logits", logits, indices)
     _check_row_weight(row_weight)
+    logits, target = in_memory_order(logits, target)
     if not _use_triton(impl, logits):
         return reference.bernoulli_nll(logits, target, indices)
     if row_weight is not None and _is_worth_foretelling(logits):
@@ -214,7 +216,7 @@ def gaussian_nll(
         logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
     else:
         raise TypeError(f"logvar must be a float or a tensor, got {type(logvar).__name__}")
-    mean, logvar = _distinct(mean, logvar)
+    mean, target, logvar = in_memory_order(*_distinct(mean, target, logvar))
     if not _use_triton(impl, mean, logvar):
         return reference.gaussian_nll(mean, target, logvar, indices)
     if row_weight is not None and _is_worth_foretelling(mean, logvar):
@@ -302,7 +304,7 @@ def binarize(
         impl: "auto", "triton" (one launch: gathers, draws, compares) or "torch".
 
     Returns:
-        `[B, …]` float32, zeros and ones.
+        `[B, …]` float32, zeros and ones; channels_last where `images` is.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or an `impl` that do not fit.
@@ -578,6 +580,9 @@ def logistic_mixture_nll(
     _check_image_target(target, parameters, indices)
     _check_logistic_mixture(parameters, mixtures, target.shape[1], levels)
     if _use_triton(impl, parameters):
+        if parameters.stride(3) != 1:
+            # A load of neighbouring pixels would fetch a line of memory for each, a hundred times.
+            parameters = parameters.contiguous()
         return ops.logistic_mixture_nll(parameters, target, mixtures, levels, indices)[0]
     return reference.logistic_mixture_nll(parameters, target, mixtures, levels, indices)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae_kernels import philox, reference
+from fastvae_kernels.layout import memory_format
 
 
 def launches_triton(x: Tensor) -> bool:
@@ -78,19 +79,24 @@ def _(rows: int, columns: int, seed: Tensor, offset: Tensor, samples: int | None
 
 @torch.library.custom_op("fastvae::binarize", mutates_args=())
 def binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | None = None) -> Tensor:
-    """Float32 zeros and ones, contiguous, like the images that are chosen."""
+    """Float32 zeros and ones like the images that are chosen, channels_last or contiguous."""
     batch = len(images) if indices is None else len(indices)
     if _draws_in_triton(seed, batch, math.prod(images.shape[1:])):
         from fastvae_kernels.triton_kernels.binarize import binarize
 
         return binarize(images, seed, offset, indices)
-    return reference.binarize(images, seed, offset, indices).contiguous()
+    return reference.binarize(images, seed, offset, indices)
 
 
 @binarize.register_fake
 def _(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | None = None) -> Tensor:
     batch = images.shape[0] if indices is None else indices.shape[0]
-    return images.new_empty((batch, *images.shape[1:]), dtype=torch.float32)
+    return torch.empty(
+        (batch, *images.shape[1:]),
+        dtype=torch.float32,
+        device=images.device,
+        memory_format=memory_format(images),
+    )
 
 
 # ------------------------------------------------------------------------- reparameterize_kl

@@ -127,7 +127,8 @@ def _is_traced_for_c(offset: Tensor) -> bool:
     """Whether a compiler should call the operator of ops.py, which C code carries out on a CPU: it
     draws several times as fast as what Inductor makes of 64-bit integers, and three hundred
     operations fewer are to be compiled. An exported program needs nothing of this package."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    # The flag, since in PyTorch 2.11 is_exporting() is True wherever Dynamo traces.
+    if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:
         return False
     return offset.device.type == "cpu" and not noise.WAS_SWITCHED_OFF
 

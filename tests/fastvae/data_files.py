@@ -29,7 +29,11 @@ def png(pixels: np.ndarray, **options: Any) -> bytes:
 
 def write_image(path: Path, pixels: np.ndarray, **options: Any) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
+    if path.suffix == ".pgm" and pixels.dtype == np.uint16:  # Pillow 10.1 only reads them
+        height, width = pixels.shape
+        path.write_bytes(b"P5 %d %d 65535\n" % (width, height) + pixels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(pixels).save(path, **options)
     return pixels
 
 

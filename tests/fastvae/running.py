@@ -101,8 +101,8 @@ def ranks(count: int, script: Path | str = LAUNCH / "train.py") -> list[str]:
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Until then, while the process runs; a minute at most."""
-    end = time.monotonic() + 60
+    """Until then, while the process runs; five minutes at most, on a machine that others use."""
+    end = time.monotonic() + 300
     while not happened():
         assert process.poll() is None, ended(process).stderr
         assert time.monotonic() < end

@@ -238,6 +238,7 @@ def test_no_gradient(device):
 def test_sizes_of_one_compile(ones):
     """Triton makes a constant of a 1, which the interpreter does not."""
     constants = {"WHITE": 1.0, "images_stride_d": 1, "BLOCK_R": 4, "BLOCK_C": 4}
+    constants |= {"CHANNELS_LAST": False, "planes": 1}
     constants |= dict.fromkeys(ones, 1)
     pointers = {**SCALARS, "images_ND": "*fp64", "indices_B": "*i64"}
     assert compile_ahead("binarize", "binarize_kernel", constants, pointers, 90).asm["cubin"]
@@ -260,6 +261,7 @@ def test_ahead_of_time(dtype, indices, columns, architecture, tmp_path):
     tools = importlib.import_module("test_ahead_of_time")
     _, blocks = importlib.import_module("fastvae_kernels.triton_kernels.noise").cut(4096, columns)
     constants = {"WHITE": 255.0 if dtype == "u8" else 1.0, "images_stride_d": 1, **blocks}
+    constants |= {"CHANNELS_LAST": False, "planes": 1}
     pointers = {**SCALARS, "images_ND": f"*{dtype}"}
     if indices:
         pointers["indices_B"] = "*i64"

@@ -219,9 +219,16 @@ def test_traces_hold_the_noise_as_operations(refused, traced):
     assert_equal(program(other), want)
 
 
-def test_fake_and_transformed_tensors(refused):
+def test_fake_tensors(refused):
     with FakeTensorMode():
         assert both(1)[0].shape == (3, 5)
+
+
+def test_transformed_tensors(refused):
+    try:
+        torch.func.vmap(lambda x: x.view(torch.int32))(torch.zeros(2, 1))
+    except RuntimeError as error:  # PyTorch 2.11
+        pytest.skip(f"vmap cannot see the bits of a float in PyTorch {torch.__version__}: {error}")
     drawn = torch.func.vmap(both)(torch.arange(4))
     for i in range(4):
         seed, offset = scalars(i, 0)

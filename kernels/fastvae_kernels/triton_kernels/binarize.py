@@ -2,6 +2,8 @@
 
 Shape suffixes: B rows to write, N rows of images (a data set that indices choose from, else
 N = B), D columns (everything but the first dimension), R × C one tile.
+
+A column's draw belongs to its place in `[B, …]`, wherever that lies in memory.
 """
 
 import torch
@@ -9,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae_kernels.layout import in_memory_order, is_channels_last, memory_format
 from fastvae_kernels.triton_kernels.device_memory import target_rows
 from fastvae_kernels.triton_kernels.launch import OPTIONS, gathered, on_device, readable, rows
 from fastvae_kernels.triton_kernels.noise import cut, row_uniforms, tile_of
@@ -24,21 +27,28 @@ def binarize_kernel(
     B,
     N,
     D,
+    planes,
     images_stride_b,
     images_stride_d,
     WHITE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Reads images `[N, D]` (any strides), of which row b is number `indices_B[b]` unless indices
     are None; writes float32 `[B, D]`, 1 where draw · WHITE < pixel, else 0. One tile a program.
+    With CHANNELS_LAST a row of both lies in memory as `[D / planes, planes]`.
 
     `seed_ptr`, `offset_ptr`: int64 scalars.
     """
     row, first = tile_of(D, BLOCK_R, BLOCK_C)
     image, exists = target_rows(indices_B, row, B, N)
-    column = first + tl.arange(0, BLOCK_C).to(tl.int64)
+    column = first + tl.arange(0, BLOCK_C)
     mask = (row < B)[:, None] & (column < D)[None, :]
+    if CHANNELS_LAST:
+        pixels = D // planes
+        column = column % pixels * planes + column // pixels
+    column = column.to(tl.int64)
     images_at = image[:, None] * images_stride_b + column[None, :] * images_stride_d
     pixel = tl.load(images_ND + images_at, mask=mask, other=0).to(tl.float32)
 
@@ -51,10 +61,18 @@ def binarize_kernel(
 
 
 def binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | None = None) -> Tensor:
-    """One launch. Float32 zeros and ones, contiguous, like the images that are chosen."""
+    """One launch. Float32 zeros and ones like the images that are chosen, in `images`' order of
+    memory if that is channels_last, else contiguous."""
     batch = len(images) if indices is None else len(indices)
-    out = torch.empty((batch, *images.shape[1:]), dtype=torch.float32, device=images.device)
-    images, indices = gathered(images, indices, leading=1)
+    last = is_channels_last(images)
+    out = torch.empty(
+        (batch, *images.shape[1:]),
+        dtype=torch.float32,
+        device=images.device,
+        memory_format=memory_format(images),
+    )
+    planes = images.shape[1] if last else 1
+    images, indices = gathered(in_memory_order(images)[0], indices, leading=1)
     images_ND = rows(images)
     N, D = images_ND.shape
     programs, blocks = cut(batch, D)
@@ -68,7 +86,9 @@ def binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | Non
             batch,
             N,
             D,
+            planes,
             *images_ND.stride(),
+            CHANNELS_LAST=last,
             WHITE=255.0 if images.dtype == torch.uint8 else 1.0,
             **blocks,
             **OPTIONS,
