@@ -24,7 +24,8 @@ class Objective(Protocol):
     gathers them (`joined_over_ranks`)."""
 
     def __call__(self, terms: Terms, position: Tensor, seed: Tensor) -> Tensor:
-        """The loss of each row, `[B]`; `position` int64 `[B]` counts the samples met before."""
+        """The loss of each row, `[B]`; `position` int64 `[B]` counts the samples met before, `seed`
+        is for `fastvae.noise.stream`."""
 
 
 @part("objective", "elbo")

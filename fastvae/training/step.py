@@ -19,7 +19,8 @@ class Model(Protocol):
     """What can be trained: anything that gives the terms of a bound for a batch."""
 
     def __call__(self, batch: Batch, seed: Tensor, offset: Tensor, num_samples: int) -> Terms:
-        """`offset` is the number of rows that the run met before the first of `batch`."""
+        """`seed` is for `fastvae.noise.stream`; `offset` is the number of rows that the run met
+        before the first of `batch`."""
 
 
 class TrainingStep(nn.Module):
@@ -32,7 +33,7 @@ class TrainingStep(nn.Module):
         self.objective = objective
         self.flip = flip
         self.seed: Tensor
-        self.register_buffer("seed", torch.tensor(seed), persistent=False)
+        self.register_buffer("seed", streams.all_streams(seed), persistent=False)
 
     def forward(self, batch: Batch, position: Tensor) -> tuple[Tensor, Tensor]:
         """One part of a batch.
