@@ -21,7 +21,7 @@ _SECONDS_OF_CALLS = 2e-3
 _FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 3e13}
 # On a GPU a step of `mnist-mlp` is about so many launches, eager (bench/launches.py). One costs the
 # host 6 µs where Python makes it, and the device 1.5 to 2 µs where a CUDA graph is replayed.
-_LAUNCHES = 85
+_LAUNCHES = 73
 _SECONDS_OF_LAUNCH, _SECONDS_OF_NODE = 6e-6, 1.75e-6
 
 
