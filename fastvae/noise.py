@@ -7,6 +7,7 @@ met since the run began, so a step's noise is the same on any number of ranks an
 
 import hashlib
 
+import torch
 from torch import Tensor
 
 from fastvae.errors import UserError
@@ -21,12 +22,23 @@ REFINE = 0x1BD8ACB2E1B7F3A5
 WEIGHTS = 0x6C0CCB1B2A6D4F3B
 FLIP = 0x5BE0CD19137E2179
 
+_PURPOSES = (LATENT, OBSERVE, PRIOR, LIKELIHOOD, MATCH, REFINE, WEIGHTS, FLIP)
+
 
 def stream(seed: int | Tensor, purpose: int) -> int | Tensor:
-    """The seed of one purpose's stream, from an int or an int64 tensor (no host wait)."""
+    """The seed of one purpose's stream, from an int or an int64 tensor (no host wait), which may be
+    what `all_streams` made."""
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise UserError(f"a seed lies in [-2^63, 2^63), got {seed}")
+    if isinstance(seed, Tensor) and seed.numel() == len(_PURPOSES):
+        return seed[_PURPOSES.index(purpose)]
     return seed ^ purpose
+
+
+def all_streams(seed: int) -> Tensor:
+    """The seeds of all purposes' streams, int64 `[8]`: passed in the run's seed's place, they need
+    not be computed in each step, which on a GPU is a launch for each."""
+    return torch.tensor([stream(seed, purpose) for purpose in _PURPOSES])
 
 
 def derived_seed(*names: object) -> int:

@@ -24,7 +24,8 @@ class Objective(Protocol):
     gathers them (`joined_over_ranks`)."""
 
     def __call__(self, terms: Terms, position: Tensor, seed: Tensor) -> Tensor:
-        """The loss of each row, `[B]`; `position` int64 `[B]` counts the samples met before."""
+        """The loss of each row, `[B]`; `position` int64 `[B]` counts the samples met before, `seed`
+        is for `fastvae.noise.stream`."""
 
 
 @part("objective", "elbo")
@@ -78,7 +79,7 @@ class ELBO(nn.Module):
             kl = terms.p.kl_of_each_latent(terms.q).clamp(min=self.free_bits).sum(1)
         if self.capacity:
             kl = (kl - self.capacity * _ramp(position, self.capacity_samples)).abs()
-        return terms.nll.mean(0) + self.kl_weight(position) * kl
+        return terms.mean_nll + self.kl_weight(position) * kl
 
 
 @part("objective", "importance-weighted")
@@ -192,7 +193,7 @@ class TotalCorrelation(nn.Module):
         log_q_each = (torch.logsumexp(log_q_BAD, dim=1) - scale).sum(1)
         log_p_z = terms.p.log_prob(z_BD)
         return (
-            terms.nll.mean(0)
+            terms.mean_nll
             + self.mutual_information * (log_q_z_given_x - log_q_z)
             + self.total_correlation * (log_q_z - log_q_each)
             + self.dimension_wise * (log_q_each - log_p_z)
@@ -223,7 +224,7 @@ class MMD(nn.Module):
         z = joined_over_ranks(terms.z[0].float())  # of the whole batch, as the prior's draws
         first = joined_over_ranks(position)[:1]
         drawn = terms.p.sample(len(z), noise.stream(seed, noise.MATCH), z.device, offset=first)
-        return terms.nll.mean(0) + self.beta * terms.kl + self.mmd_weight * self.mmd(z, drawn)
+        return terms.mean_nll + self.beta * terms.kl + self.mmd_weight * self.mmd(z, drawn)
 
     def mmd(self, a: Tensor, b: Tensor) -> Tensor:
         """The unbiased estimate of MMD² between two sets of n ≥ 2 points `[n, D]`: 0-d."""

@@ -24,7 +24,13 @@ class Terms(NamedTuple):
     @property
     def elbo(self) -> Tensor:
         """The evidence lower bound, never weighted: `[B]` (Kingma & Welling 2014, eq. 3)."""
-        return -(self.nll.mean(0) + self.kl)
+        return -(self.mean_nll + self.kl)
+
+    @property
+    def mean_nll(self) -> Tensor:
+        """Over the draws, `[B]`."""
+        # The mean of one costs a GPU two launches, and two more backward.
+        return self.nll.mean(0) if len(self.nll) > 1 else self.nll.squeeze(0)
 
     def log_weights(self, *, path_only: bool = False) -> Tensor:
         """log p(x, z) − log q(z | x) for each draw, `[S, B]`.

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvae.batch import Batch
 from fastvae.compiler import Compiled
 from fastvae.config import Config
-from fastvae.training.step import TrainingStep
+from fastvae.training.step import FedStep, Sums, TrainingStep
 
 # Compilation takes 10 to 40 seconds and then saves a quarter to a half of a run.
 WORTHWHILE_SECONDS = 60.0
@@ -21,7 +21,7 @@ _SECONDS_OF_CALLS = 2e-3
 _FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 3e13}
 # On a GPU a step of `mnist-mlp` is about so many launches, eager (bench/launches.py). One costs the
 # host 6 µs where Python makes it, and the device 1.5 to 2 µs where a CUDA graph is replayed.
-_LAUNCHES = 85
+_LAUNCHES = 73
 _SECONDS_OF_LAUNCH, _SECONDS_OF_NODE = 6e-6, 1.75e-6
 
 
@@ -64,15 +64,15 @@ def training_flops(step: TrainingStep, batch: Batch) -> float:
 
 
 def gradients_in_one_graph(
-    module: nn.Module,
+    module: FedStep,
     parameters: list[nn.Parameter],
     rows: int,
     accelerator: Accelerator,
     *,
     required: bool,
 ) -> Compiled:
-    """A compiled function: the number of a step (0-d int64) → the gradients of `parameters` for its
-    batch of `rows`, the sums to log, and what `not_finite` says of them, or on a GPU what
+    """A compiled function: the position of a batch of `rows` (0-d int64) → the gradients of
+    `parameters`, the sums to log, and what `not_finite` says of them, or on a GPU what
     `loss_not_finite` says.
 
     Forward and backward in one graph share what they compute and keep less between them.
@@ -82,12 +82,15 @@ def gradients_in_one_graph(
     # Accelerate's own context manager cannot be traced by PyTorch 2.11.
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
-    def gradients(step: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
+    # Each row's part in the mean. Inductor would write it anew for each operator that takes it.
+    shares = torch.full((rows,), 1.0 / rows, device=accelerator.device)
+
+    def gradients(position: Tensor) -> tuple[tuple[Tensor | None, ...], Sums, Tensor]:
         with torch.autocast(device_type, dtype=low or torch.bfloat16, enabled=low is not None):
-            loss, sums = module(step * rows, rows)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            losses, sums = module.each(position, rows)
+        found = torch.autograd.grad(losses, parameters, shares, allow_unused=True)
         # Inductor would look at each parameter's gradient by a kernel of its own.
-        bad = loss_not_finite(sums[0]) if sums.is_cuda else not_finite(sums[0], found)
+        bad = loss_not_finite(sums[0]) if losses.is_cuda else not_finite(sums[0], found)
         return tuple(map(_laid_out_as, found, parameters)), sums, bad
 
     return Compiled(gradients, required=required)

@@ -10,6 +10,11 @@ from fastvae.config import OptimizerConfig
 STAGE_ENDS = (1, 4, 13, 40, 121, 364, 1093)  # epochs: sums of 1, 3, 9, …
 
 
+def is_constant(config: OptimizerConfig) -> bool:
+    """Whether every step has the same learning rate."""
+    return config.schedule == "constant" and not config.lr_warmup_steps
+
+
 def learning_rate(
     config: OptimizerConfig, step: Tensor, total_steps: int, steps_per_epoch: float
 ) -> Tensor:

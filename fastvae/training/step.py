@@ -14,12 +14,16 @@ from fastvae.training.feed import Feed
 
 METRICS = ("loss", "nll", "kl")
 
+Sums = tuple[Tensor, Tensor, Tensor]
+"""Over rows, of each of `METRICS`: 0-d. One tensor of them would take one kernel more."""
+
 
 class Model(Protocol):
     """What can be trained: anything that gives the terms of a bound for a batch."""
 
     def __call__(self, batch: Batch, seed: Tensor, offset: Tensor, num_samples: int) -> Terms:
-        """`offset` is the number of rows that the run met before the first of `batch`."""
+        """`seed` is for `fastvae.noise.stream`; `offset` is the number of rows that the run met
+        before the first of `batch`."""
 
 
 class TrainingStep(nn.Module):
@@ -32,9 +36,9 @@ class TrainingStep(nn.Module):
         self.objective = objective
         self.flip = flip
         self.seed: Tensor
-        self.register_buffer("seed", torch.tensor(seed), persistent=False)
+        self.register_buffer("seed", streams.all_streams(seed), persistent=False)
 
-    def forward(self, batch: Batch, position: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, position: Tensor) -> tuple[Tensor, Sums]:
         """One part of a batch.
 
         Args:
@@ -42,12 +46,17 @@ class TrainingStep(nn.Module):
             position: 0-d int64, the number of rows that the run met before the first of them.
 
         Returns:
-            The mean loss (0-d, nats per row) and the sums over rows of `METRICS` (float64).
+            The mean loss (0-d, nats per row) and the sums over rows of `METRICS`.
         """
+        losses, sums = self.each(batch, position)
+        return losses.mean(), sums
+
+    def each(self, batch: Batch, position: Tensor) -> tuple[Tensor, Sums]:
+        """The same, but the loss of each row, `[B]`."""
         losses, terms = self.losses(batch, position)
-        nll = terms.nll.detach().mean(0)
-        sums = torch.stack([losses.detach().sum(), nll.sum(), terms.kl.detach().sum()])
-        return losses.mean(), sums.double()
+        of_rows = (losses, terms.mean_nll, terms.kl)
+        loss, nll, kl = (x.detach().sum() for x in of_rows)
+        return losses, (loss, nll, kl)
 
     def losses(self, batch: Batch, position: Tensor) -> tuple[Tensor, Terms]:
         """The loss of each row `[B]`, and what it is made of."""
@@ -73,6 +82,10 @@ class FedStep(nn.Module):
         super().__init__()
         self.step, self.feed = step, feed
 
-    def forward(self, position: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def forward(self, position: Tensor, rows: int) -> tuple[Tensor, Sums]:
         """`position` and what is returned are as in `TrainingStep.forward`."""
         return self.step(self.feed.batch(position, rows), position)
+
+    def each(self, position: Tensor, rows: int) -> tuple[Tensor, Sums]:
+        """As `TrainingStep.each`."""
+        return self.step.each(self.feed.batch(position, rows), position)

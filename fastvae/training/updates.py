@@ -6,7 +6,7 @@ operations every time and a GPU can replay it.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -25,7 +25,7 @@ from fastvae.training.compiler import (
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.replay import Replay
-from fastvae.training.schedule import learning_rate
+from fastvae.training.schedule import is_constant, learning_rate
 from fastvae.training.step import METRICS, FedStep, TrainingStep
 from fastvae.training.together import shares
 
@@ -76,23 +76,26 @@ class Updates:
         self.done = done
         self._begun = False
         self.step = torch.tensor(done, device=device)
+        self.position = self.step * config.batch_size
+        """Of the first row of the next step: 0-d int64."""
         self.tally = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=device)
         self.sums, self.skipped, self.last_good = (
             self.tally[: len(METRICS)], self.tally[-2], self.tally[-1],
         )  # fmt: skip
         self.last_good.fill_(done)
         # What the optimizer and the average take of the weights in the step that is being taken.
-        self.rate, self.share = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.rate = self._learning_rate(self.step).float()
+        self.share = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
 
         # Compiled before it is wrapped: autocast is inside the graph; in place: names stay clean.
         module = FedStep(step, feed) if feed.on_device else step
-        simple = feed.on_device and accelerator.num_processes == self.parts == 1
+        simple = accelerator.num_processes == self.parts == 1 and accelerator.scaler is None
         required = config.compile == "on"
         self.gradients: Compiled | None = None
         self._compiled: list[Compiled] = []
         self._account = self._accounting()
-        if compiled and simple and accelerator.scaler is None:
+        if compiled and simple and isinstance(module, FedStep):
             self.gradients = gradients_in_one_graph(
                 module, list(model.parameters()), config.batch_size, accelerator, required=required
             )
@@ -184,16 +187,16 @@ class Updates:
         gradient is not finite, of which all processes are sure alike."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.gradients:
-            found, sums, bad = self.gradients(self.step)
+            found, sums, bad = self.gradients(self.position)
             for parameter, gradient in zip(self.model.parameters(), found, strict=True):
                 parameter.grad = gradient
             if bad.is_cuda:
                 add_gradients(bad, found, self._one)
         else:
-            first = self.step * self.config.batch_size
-            sums = self._accumulate(first, self.rows[0], 0)
+            sums = self._accumulate(self.rows[0], 0)
             for part, rows in enumerate(self.rows[1:], start=1):
-                sums += self._accumulate(first, rows, part)
+                more = self._accumulate(rows, part)
+                sums = tuple(a.double() + b for a, b in zip(sums, more, strict=True))
             bad = not_finite(sums[0], [p.grad for p in self.model.parameters()])
         self._account(sums, bad)
         if self.config.optimizer.clip_norm:
@@ -206,29 +209,33 @@ class Updates:
         if self.ema:
             self.ema.update(self.model, self.share)
 
-    def _accounting(self) -> Callable[[Tensor, Tensor], None]:
+    def _accounting(self) -> Callable[[Sequence[Tensor], Tensor], None]:
         """A function of a step's sums and whether it is bad (as `not_finite` says it), that brings
         all numbers of the run up to date: the counts, the rate of this step, the average's share
         in it. No tensor but these is used, so that it can be compiled."""
         step, tally, rate, share, ema = self.step, self.tally, self.rate, self.share, self.ema
-        rate_of = self._learning_rate
+        position, batch_size = self.position, self.config.batch_size
+        rate_of, rate_is_constant = self._learning_rate, is_constant(self.config.optimizer)
+        # Where these two lie in `tally`: what is found place by place is one kernel of Inductor's.
+        places = torch.arange(len(tally), device=tally.device)
+        is_skipped, is_last_good = places == len(METRICS), places == len(METRICS) + 1
 
-        def account(sums: Tensor, bad: Tensor) -> None:
+        def account(sums: Sequence[Tensor], bad: Tensor) -> None:
             is_bad = bad.bool()
-            rate.copy_(rate_of(step))
+            if not rate_is_constant:
+                rate.copy_(rate_of(step))
             if ema:
                 share.copy_(ema.share(step, is_bad))
             step.add_(1)
-            last_good = torch.where(is_bad, tally[-1], step)
-            counted = tally[:-1] + torch.cat([torch.where(is_bad, 0.0, sums), bad.reshape(1)])
-            tally.copy_(torch.cat([counted, last_good.reshape(1)]))
+            torch.mul(step, batch_size, out=position)
+            good = torch.where(is_last_good, step, tally + torch.stack([*sums, bad, bad]))
+            tally.copy_(torch.where(is_bad, tally + is_skipped, good))
 
         return account
 
-    def _accumulate(self, first: Tensor, rows: range, part: int) -> Tensor:
-        """Add the gradient of some rows of the batch that begins at position `first`; their
-        sums."""
-        position = first + rows.start
+    def _accumulate(self, rows: range, part: int) -> tuple[Tensor, ...]:
+        """Add the gradient of some rows of the batch that begins at `position`; their sums."""
+        position = self.position + rows.start
         with self.accelerator.accumulate(self.wrapped):
             if self.feed.on_device:
                 loss, sums = self.wrapped(position, len(rows))

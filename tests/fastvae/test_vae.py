@@ -16,7 +16,18 @@ from torch import Tensor, distributions, nn
 import fastvae
 from fastvae import VAE, Bernoulli, Gaussian, MLPDecoder, MLPEncoder
 from fastvae.errors import UserError
-from fastvae.noise import LATENT, LIKELIHOOD, OBSERVE, PRIOR, stream
+from fastvae.noise import (
+    FLIP,
+    LATENT,
+    LIKELIHOOD,
+    MATCH,
+    OBSERVE,
+    PRIOR,
+    REFINE,
+    WEIGHTS,
+    all_streams,
+    stream,
+)
 from fastvae.parts.likelihoods import Likelihood
 from fastvae.parts.networks import ImageShape
 
@@ -268,6 +279,13 @@ def test_streams_are_far_apart() -> None:
     assert len(seeds) == 4000
     draws = torch.stack([normal((4000,), stream(3, purpose)) for purpose in purposes])
     assert (torch.corrcoef(draws) - torch.eye(4)).abs().max() < 5 / math.sqrt(4000)
+
+
+def test_streams_made_once_are_the_same() -> None:
+    for seed in (0, 3, 2**63 - 1, -(2**63)):
+        for purpose in (LATENT, OBSERVE, MATCH, REFINE, WEIGHTS, FLIP):
+            found = stream(all_streams(seed), purpose)
+            assert int(found) == stream(seed, purpose) == int(stream(torch.tensor(seed), purpose))
 
 
 # Compiled
