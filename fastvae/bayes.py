@@ -124,7 +124,8 @@ class BayesianNetwork(
 
         Args:
             batch: B rows with their labels.
-            seed: the run's seed, an int or an int64 tensor of one element on the rows' device.
+            seed: the run's seed, an int or an int64 tensor on the rows' device: one element, or
+                what `fastvae.noise.all_streams` made of it.
             offset: the number of rows that the run met before, likewise. Rows meet the draw number
                 offset // rows_per_draw; outside of training (`eval()`) all meet draw 0, so that a
                 measurement depends on (seed, model) alone.

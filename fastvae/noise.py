@@ -27,11 +27,13 @@ _PURPOSES = (LATENT, OBSERVE, PRIOR, LIKELIHOOD, MATCH, REFINE, WEIGHTS, FLIP)
 
 def stream(seed: int | Tensor, purpose: int) -> int | Tensor:
     """The seed of one purpose's stream, from an int or an int64 tensor (no host wait), which may be
-    what `all_streams` made."""
+    what `all_streams` made. `purpose`: one of those above, or any int64 of your own."""
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise UserError(f"a seed lies in [-2^63, 2^63), got {seed}")
     if isinstance(seed, Tensor) and seed.numel() == len(_PURPOSES):
-        return seed[_PURPOSES.index(purpose)]
+        if purpose in _PURPOSES:
+            return seed[_PURPOSES.index(purpose)]
+        return seed[0] ^ _PURPOSES[0] ^ purpose
     return seed ^ purpose
 
 

@@ -135,7 +135,8 @@ class VAE(
         Args:
             x: `[B, C, H, W]` uint8, or floating in [0, 1]; or a `Batch`, which a conditional model
                 needs for its labels.
-            seed: the run's seed, an int or an int64 tensor of one element on `x`'s device.
+            seed: the run's seed, an int or an int64 tensor on `x`'s device: one element, or
+                what `fastvae.noise.all_streams` made of it.
             offset: the global position of the first image, likewise. All draws (of z, and of
                 zeros and ones where the likelihood binarises) are functions of both.
             num_samples: S.

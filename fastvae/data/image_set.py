@@ -13,6 +13,7 @@ from fastvae.errors import FastvaeWarning, UserError
 
 # Of a set beyond it a part tells it from others.
 HASHED_BYTES = 1 << 28
+_ROWS_LAID = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +147,16 @@ class ImageSet:
         """The same images on `device`, decoded, in an order of memory."""
         found = self.loaded()
         labels = None if found.labels is None else found.labels.to(device)
-        images = found.tensor.to(device).to(memory_format=memory_format)
-        return ImageSet(images, labels, self.name)
+        images = found.tensor
+        if memory_format == torch.preserve_format:
+            return ImageSet(images.to(device), labels, self.name)
+        laid = torch.empty(
+            images.shape, dtype=images.dtype, device=device, memory_format=memory_format
+        )
+        # In parts: a copy into another order is made by way of a copy in the same one.
+        for to, part in zip(laid.split(_ROWS_LAID), images.split(_ROWS_LAID), strict=True):
+            to.copy_(part)
+        return ImageSet(laid, labels, self.name)
 
 
 def join(parts: Sequence[ImageSet]) -> ImageSet:

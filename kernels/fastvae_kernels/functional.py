@@ -170,7 +170,8 @@ def bernoulli_nll(
     _check_floating("logits", logits)
     _check_target(target, "logits", logits, indices)
     _check_row_weight(row_weight)
-    logits, target = in_memory_order(logits, target)
+    data = None if indices is None else target
+    logits, target = in_memory_order(logits, target, chosen_from=data)
     if not _use_triton(impl, logits):
         return reference.bernoulli_nll(logits, target, indices)
     if row_weight is not None and _is_worth_foretelling(logits):
@@ -216,7 +217,9 @@ def gaussian_nll(
         logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
     else:
         raise TypeError(f"logvar must be a float or a tensor, got {type(logvar).__name__}")
-    mean, target, logvar = in_memory_order(*_distinct(mean, target, logvar))
+    data = None if indices is None else target
+    mean, logvar = _distinct(mean, logvar)
+    mean, target, logvar = in_memory_order(mean, target, logvar, chosen_from=data)
     if not _use_triton(impl, mean, logvar):
         return reference.gaussian_nll(mean, target, logvar, indices)
     if row_weight is not None and _is_worth_foretelling(mean, logvar):

@@ -53,6 +53,13 @@ def test_batches_are_the_same_in_either_order():
     assert is_channels_last(mirrored(a, SEED, OFFSET))
 
 
+def test_a_set_is_laid_anew_in_parts():
+    images = ImageSet(torch.randint(0, 256, (2500, 3, 2, 5), dtype=torch.uint8), None, "noise")
+    assert is_channels_last(images.to(CPU, LAST).tensor)
+    assert torch.equal(images.to(CPU, LAST).tensor, images.tensor)
+    assert images.to(CPU).tensor is images.tensor
+
+
 def test_what_a_likelihood_observes():
     last = IMAGES.to(memory_format=LAST)
     chosen = torch.tensor([3, 0, 39, 3])

@@ -286,6 +286,7 @@ def test_streams_made_once_are_the_same() -> None:
         for purpose in (LATENT, OBSERVE, MATCH, REFINE, WEIGHTS, FLIP):
             found = stream(all_streams(seed), purpose)
             assert int(found) == stream(seed, purpose) == int(stream(torch.tensor(seed), purpose))
+        assert int(stream(all_streams(seed), 0x1234)) == stream(seed, 0x1234)  # a user's own
 
 
 # Compiled

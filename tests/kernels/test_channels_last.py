@@ -55,8 +55,23 @@ def test_likelihoods(impl, device, name, dtype, through_indices, row_weight, tar
     for grad, want_grad in zip(grads, want_grads, strict=True):
         assert (grad is None) == (want_grad is None)
         if grad is not None:
-            assert is_last(grad)
+            # A data set is read where it lies, and then the rest is read in its order.
+            assert is_last(grad) == (target_is_last or not through_indices)
             torch.testing.assert_close(grad, want_grad)
+
+
+@pytest.mark.parametrize("name", likelihoods())
+@pytest.mark.parametrize("along", [0, 1, 2, 4])
+def test_vmap(name, along):
+    """What vmap hands on is often neither contiguous nor channels_last."""
+    draw = Draw("cpu")
+    x, logvar, target = (draw((5, 4, 3, 6, 7)) for _ in range(3))
+    got = torch.func.vmap(likelihoods()[name], in_dims=along)(x, logvar, target)
+    for i, part in enumerate(got):
+        want = likelihoods()[name](*(t.select(along, i) for t in (x, logvar, target)))
+        torch.testing.assert_close(part, want)
+    drawn = torch.func.vmap(partial(binarize, seed=3), in_dims=along)(target)
+    assert torch.equal(drawn[1], binarize(target.select(along, 1), 3))
 
 
 @pytest.mark.parametrize("name", likelihoods())

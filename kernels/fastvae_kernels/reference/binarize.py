@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvae_kernels import philox
-from fastvae_kernels.layout import memory_format
+from fastvae_kernels.layout import laid_out
 from fastvae_kernels.reference._common import chosen
 
 
@@ -23,4 +23,4 @@ def binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | Non
     # Compared as floats: 0 is never and 255 (or 1.0) always white, since the draws stay below 1.
     if x.dtype == torch.uint8:
         draws = draws * 255.0
-    return (draws < x.float()).float().contiguous(memory_format=memory_format(images))
+    return laid_out((draws < x.float()).float(), like=images)
