@@ -100,9 +100,11 @@ def _run(
                 found |= {"status": "skipped", "why": why}
                 report.write()
                 continue
-            limit = ends - began
-            if arguments.device != "cpu":  # whose times nobody has estimated
+            # Of a CPU nobody knows the times, and half a compilation leaves half a library there.
+            limit = warming = ends - began
+            if arguments.device != "cpu":
                 limit = time_for(section, later, limit)
+                warming = min(limit, 2 * section.seconds)
             settings = replace(
                 base,
                 deadline=began + limit,
@@ -113,10 +115,7 @@ def _run(
                 warmers = Warmers(later, settings)
             run_section(section, settings, found, report.write)
             if warmers is not None:  # nothing is timed beside them
-                until = began + limit
-                if arguments.device != "cpu":  # where half a compilation leaves half a library
-                    until = min(until, began + 2 * section.seconds)
-                results["warm"] = warmers.wait(until - time.monotonic())
+                results["warm"] = warmers.wait(began + warming - time.monotonic())
                 warmers = None
             found["section_seconds"] = round(time.monotonic() - began, 1)
             report.write()

@@ -13,7 +13,8 @@ from fastvae.errors import FastvaeWarning, UserError
 
 # Of a set beyond it a part tells it from others.
 HASHED_BYTES = 1 << 28
-_ROWS_LAID = 1024
+# So many images at once are laid into another order of memory.
+ROWS_LAID = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +155,7 @@ class ImageSet:
             images.shape, dtype=images.dtype, device=device, memory_format=memory_format
         )
         # In parts: a copy into another order is made by way of a copy in the same one.
-        for to, part in zip(laid.split(_ROWS_LAID), images.split(_ROWS_LAID), strict=True):
+        for to, part in zip(laid.split(ROWS_LAID), images.split(ROWS_LAID), strict=True):
             to.copy_(part)
         return ImageSet(laid, labels, self.name)
 

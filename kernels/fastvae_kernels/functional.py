@@ -170,8 +170,7 @@ def bernoulli_nll(
     _check_floating("logits", logits)
     _check_target(target, "logits", logits, indices)
     _check_row_weight(row_weight)
-    data = None if indices is None else target
-    logits, target = in_memory_order(logits, target, chosen_from=data)
+    logits, target = in_memory_order(logits, target, chosen_from=_data_set(target, indices))
     if not _use_triton(impl, logits):
         return reference.bernoulli_nll(logits, target, indices)
     if row_weight is not None and _is_worth_foretelling(logits):
@@ -217,9 +216,10 @@ def gaussian_nll(
         logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
     else:
         raise TypeError(f"logvar must be a float or a tensor, got {type(logvar).__name__}")
-    data = None if indices is None else target
     mean, logvar = _distinct(mean, logvar)
-    mean, target, logvar = in_memory_order(mean, target, logvar, chosen_from=data)
+    mean, target, logvar = in_memory_order(
+        mean, target, logvar, chosen_from=_data_set(target, indices)
+    )
     if not _use_triton(impl, mean, logvar):
         return reference.gaussian_nll(mean, target, logvar, indices)
     if row_weight is not None and _is_worth_foretelling(mean, logvar):
@@ -351,6 +351,11 @@ def _takes_triton(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> boo
             "(or set TRITON_INTERPRET=1 before Python starts, to test the kernels slowly)"
         )
     return True
+
+
+def _data_set(target: Tensor, indices: Tensor | None) -> Tensor | None:
+    """The target where it is one that indices choose from."""
+    return None if indices is None else target
 
 
 def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:

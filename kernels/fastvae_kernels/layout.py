@@ -10,13 +10,18 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous()
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """What a result that is like `x` lies as."""
-    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+def empty_rows(batch: int, like: Tensor) -> Tensor:
+    """Memory for float32 `[batch, …]`, rows as `like` has them: channels_last or contiguous."""
+    return torch.empty(
+        (batch, *like.shape[1:]),
+        dtype=torch.float32,
+        device=like.device,
+        memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format,
+    )
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """`x` in the order of memory that `memory_format` says of `like`."""
+    """`x`, channels_last where `like` is and else contiguous."""
     if is_channels_last(like):
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return x.contiguous()

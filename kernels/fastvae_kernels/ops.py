@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae_kernels import philox, reference
-from fastvae_kernels.layout import memory_format
+from fastvae_kernels.layout import empty_rows
 
 
 def launches_triton(x: Tensor) -> bool:
@@ -91,12 +91,7 @@ def binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | Non
 @binarize.register_fake
 def _(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | None = None) -> Tensor:
     batch = images.shape[0] if indices is None else indices.shape[0]
-    return torch.empty(
-        (batch, *images.shape[1:]),
-        dtype=torch.float32,
-        device=images.device,
-        memory_format=memory_format(images),
-    )
+    return empty_rows(batch, like=images)
 
 
 # ------------------------------------------------------------------------- reparameterize_kl

@@ -127,10 +127,13 @@ def _is_traced_for_c(offset: Tensor) -> bool:
     """Whether a compiler should call the operator of ops.py, which C code carries out on a CPU: it
     draws several times as fast as what Inductor makes of 64-bit integers, and three hundred
     operations fewer are to be compiled. An exported program needs nothing of this package."""
+    return _is_compiled() and offset.device.type == "cpu" and not noise.WAS_SWITCHED_OFF
+
+
+def _is_compiled() -> bool:
+    """Whether this is traced to be compiled here, not to be exported."""
     # The flag, since in PyTorch 2.11 is_exporting() is True wherever Dynamo traces.
-    if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:
-        return False
-    return offset.device.type == "cpu" and not noise.WAS_SWITCHED_OFF
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
 
 
 @functools.cache
@@ -180,9 +183,7 @@ def minus_two_log(u: Tensor) -> Tensor:
 def _root(x: Tensor) -> Tensor:
     """The nearest float32 to √x. Compilers take the processor's own root, which gives it; eager
     PyTorch on a CPU may call a library's, which errs by a unit in the last place."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return torch.sqrt(x)
-    return torch.sqrt(x.double()).float()
+    return torch.sqrt(x) if _is_compiled() else torch.sqrt(x.double()).float()
 
 
 def _box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]:

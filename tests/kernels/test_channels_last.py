@@ -122,7 +122,10 @@ def test_logistic_mixture(impl, device, dtype, through_indices):
     assert torch.equal(grads[0], want_grads[0])
 
 
-@pytest.mark.parametrize("name", likelihoods())
+@pytest.mark.parametrize(
+    "name",
+    ["bernoulli", *(pytest.param(n, marks=pytest.mark.slow) for n in list(likelihoods())[1:])],
+)
 def test_compiled(device, name):
     """The layout that a graph was traced for is the one that its operators answer in."""
     draw = Draw(device)

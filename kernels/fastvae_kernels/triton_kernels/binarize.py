@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae_kernels.layout import in_memory_order, is_channels_last, memory_format
+from fastvae_kernels.layout import empty_rows, in_memory_order, is_channels_last
 from fastvae_kernels.triton_kernels.device_memory import target_rows
 from fastvae_kernels.triton_kernels.launch import OPTIONS, gathered, on_device, readable, rows
 from fastvae_kernels.triton_kernels.noise import cut, row_uniforms, tile_of
@@ -65,12 +65,7 @@ def binarize(images: Tensor, seed: Tensor, offset: Tensor, indices: Tensor | Non
     memory if that is channels_last, else contiguous."""
     batch = len(images) if indices is None else len(indices)
     last = is_channels_last(images)
-    out = torch.empty(
-        (batch, *images.shape[1:]),
-        dtype=torch.float32,
-        device=images.device,
-        memory_format=memory_format(images),
-    )
+    out = empty_rows(batch, like=images)
     planes = images.shape[1] if last else 1
     images, indices = gathered(in_memory_order(images)[0], indices, leading=1)
     images_ND = rows(images)
