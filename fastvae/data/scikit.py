@@ -1,5 +1,7 @@
 """Data sets that come with scikit-learn: handwritten digits, and tables of numbers."""
 
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,10 +26,26 @@ TABLE_NAMES = tuple(_TABLES)
 
 def read_digits(config: DataConfig) -> list[ImageSet]:
     """1,797 grey digits, uint8 `[N, 1, 8, 8]` before `config` resizes them, with classes 0 to 9."""
-    digits = _datasets("digits").load_digits()
-    images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(digits.target).to(torch.int64)
+    grey, classes = _digits()
+    images = torch.from_numpy(np.rint(grey * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
+    labels = torch.from_numpy(classes).to(torch.int64)
     return [ImageSet(decode.fit_images(images, config), labels, "digits")]
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Grey values 0 to 16, float64 `[N, 64]`, and classes `[N]`.
+
+    scikit-learn's file is read without scikit-learn, whose import takes longer than all else that
+    is done before the first step; by scikit-learn where the file lies elsewhere.
+    """
+    package = find_spec("sklearn")
+    file = Path(package.origin if package and package.origin else "").parent
+    try:
+        table = np.loadtxt(file / "datasets/data/digits.csv.gz", delimiter=",")
+    except (OSError, ValueError):
+        digits = _datasets("digits").load_digits()
+        return digits.data, digits.target
+    return table[:, :-1], table[:, -1]
 
 
 def read_number_table(config: DataConfig) -> list[ImageSet]:

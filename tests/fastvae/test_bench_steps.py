@@ -263,6 +263,7 @@ for impl in ("triton", "torch"):
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_keep_no_noise(tmp_path: Path) -> None:
     """In Triton's interpreter; the reference, beside it, does: three tensors of 5 × 300 floats."""
     pytest.importorskip("triton")

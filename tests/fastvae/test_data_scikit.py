@@ -8,7 +8,7 @@ import torch
 from data_files import refusal
 from PIL import Image
 
-from fastvae.data import DataConfig, ImageSet, load_all, load_data
+from fastvae.data import DataConfig, ImageSet, load_all, load_data, scikit
 
 
 def test_digits() -> None:
@@ -25,6 +25,15 @@ def test_digits() -> None:
     train, held = load_data(DataConfig(), seed=1)
     assert (len(train), len(held)) == (1617, 180)
     assert (train.name, held.name) == ("digits train", "digits held-out")
+
+
+def test_digits_that_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_all("digits", DataConfig())
+    monkeypatch.setattr(scikit, "find_spec", lambda name: None)
+    found = load_all("digits", DataConfig())
+    assert torch.equal(found.images, expected.images)
+    assert found.labels is not None and expected.labels is not None
+    assert torch.equal(found.labels, expected.labels)
 
 
 def test_digits_resized_and_coloured() -> None:

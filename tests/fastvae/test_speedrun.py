@@ -47,6 +47,7 @@ def test_quick(tmp_path: Path) -> None:
     assert found["standard_error"] == pytest.approx(b["standard_error"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails(tmp_path: Path) -> None:
     flags = ["--quick", "--seeds", "1", "--data", "nowhere.npz"]
     done = run_process([sys.executable, SCRIPT, *flags], tmp_path)

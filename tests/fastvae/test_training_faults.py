@@ -67,7 +67,9 @@ def spoil(patch: pytest.MonkeyPatch, bad: Callable[[Tensor], Tensor], value: flo
     patch.setattr(TrainingStep, "losses", spoiled)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "value", [math.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (math.inf, -math.inf))]
+)
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flags", ["", "--ema-decay 0.9 --clip-norm 1", "--optimizer muon"])
 def test_a_bad_step_is_not_taken(
@@ -235,6 +237,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     straight = train(*LONG, output=tmp_path / "straight")
     run = train(*LONG, "--max-steps", 30, "--keep", 1, output=small_disk / "run")

@@ -110,28 +110,27 @@ leave_the_others()
 
 
 class Runs:
-    """The runs of the cases on 1, 2 and 3 processes, made when one of them is asked for: the few or
+    """The runs of the cases on 1, 2 or 3 processes, made when one of them is asked for: the few or
     the rest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __call__(self, count: int, case: str) -> Path:
-        group = self.folder / ("few" if case in FEW else "rest")
+        group = self.folder / ("few" if case in FEW else "rest") / str(count)
         if not group.exists():
-            group.mkdir()
-            self._train([name for name in CASES if (name in FEW) == (case in FEW)], group)
-        return group / str(count) / case
+            group.mkdir(parents=True)
+            self._train(count, [name for name in CASES if (name in FEW) == (case in FEW)], group)
+        return group / case
 
-    def _train(self, cases: list[str], folder: Path) -> None:
+    def _train(self, count: int, cases: list[str], folder: Path) -> None:
         (folder / "all.py").write_text(TRAINING_ALL)
         (folder / "cases.json").write_text(json.dumps({name: flags_of(name) for name in cases}))
-        for count in (1, 2, 3):
-            command = [*ranks(count, folder / "all.py"), str(count)]
-            process = run_process(command, folder, timeout=400, ACCELERATE_USE_CPU="true")
-            assert process.returncode == 0, process.stderr[-4000:]
-            assert "Warning" not in process.stderr
-            assert process.stderr.count(f"{count} process(es) on cpu") == len(cases)
+        command = [*ranks(count, folder / "all.py"), str(folder)]
+        process = run_process(command, folder, timeout=400, ACCELERATE_USE_CPU="true")
+        assert process.returncode == 0, process.stderr[-4000:]
+        assert "Warning" not in process.stderr
+        assert process.stderr.count(f"{count} process(es) on cpu") == len(cases)
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +138,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("ranks"))
 
 
+THREE = pytest.param(3, marks=pytest.mark.slow)
+several = pytest.mark.parametrize("count", [2, THREE])
 every_case = pytest.mark.parametrize(
     "case", [x if x in FEW else pytest.param(x, marks=pytest.mark.slow) for x in CASES]
 )
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@several
 @every_case
 def test_the_loss_of_every_step(runs: Runs, case: str, count: int) -> None:
     lines, expected = metrics(runs(count, case)), metrics(runs(1, case))
@@ -157,7 +158,7 @@ def test_the_loss_of_every_step(runs: Runs, case: str, count: int) -> None:
             assert a[key] == pytest.approx(b[key], rel=2e-5, abs=1e-6), (a["step"], key)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@several
 @every_case
 def test_the_final_weights(runs: Runs, case: str, count: int) -> None:
     state, expected = (training_state(runs(n, case)) for n in (count, 1))
@@ -166,7 +167,7 @@ def test_the_final_weights(runs: Runs, case: str, count: int) -> None:
         torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@several
 @every_case
 def test_every_held_out_image_counts_once(runs: Runs, case: str, count: int) -> None:
     found, expected = (results(runs(n, case))["heldout"] for n in (count, 1))
@@ -176,7 +177,7 @@ def test_every_held_out_image_counts_once(runs: Runs, case: str, count: int) -> 
     assert results(runs(count, case))["hardware"]["processes"] == count
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, THREE])
 @pytest.mark.parametrize("case", ["gaussian", "gaussian, accumulated", "uneven, accumulated"])
 def test_the_same_images_in_the_same_steps(runs: Runs, case: str, count: int) -> None:
     """The processes' rows of the parts tile each batch; nothing is met twice or left out."""
@@ -239,7 +240,7 @@ ELASTIC = shlex.split(
 )
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, THREE])
 def test_stopped_on_two_processes_and_resumed_on_one_or_three(count: int, tmp_path: Path) -> None:
     """The same samples and noise, nothing repeated or skipped: the losses are those of a run that
     was never stopped, on any number of processes."""
@@ -288,13 +289,14 @@ finally:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="threads' names are in Linux's /proc"
 )
 @pytest.mark.parametrize(
     ("flags", "status"),
     [
-        pytest.param("--max-steps 8", 0, marks=pytest.mark.slow),
+        ("--max-steps 8", 0),
         ("--learning-rate 1e30 --max-bad-steps 2", 2),
     ],
 )

@@ -1,8 +1,10 @@
 """Which implementations run where, and memory that punishes whoever forgets to write it."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from kernel_cases import HAS_TRITON, INTERPRETING
+from kernel_cases import HAS_TRITON, INTERPRETING, is_quick
 
 NO_GPU = pytest.mark.skip(reason="no CUDA device on this machine")
 
@@ -29,6 +31,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("impl", "device"), implementations())
     elif "device" in metafunc.fixturenames:
         metafunc.parametrize("device", devices())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Most of what is interpreted or compiled ahead of time takes a second a case: it is slow."""
+    here = Path(__file__).parent
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path.parent == here and not is_quick(parameters):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +149,24 @@ def far_apart(impl: str, device: str, dtype: torch.dtype) -> Tensor:
             pytest.skip("4 GiB of address space are not to be had")
     x = memory.as_strided((1, 3), (1, stride))
     return x.copy_(torch.tensor([[1, 2, 3]]))
+
+
+def is_quick(parameters: Mapping[str, Any]) -> bool:
+    """What the fast tests keep of the kernels' cases that are interpreted, or compiled ahead of
+    time: nothing large; of each shape and layout float32, and of rows that are neither short nor
+    aligned and of packed channels all dtypes; of code for a GPU that of a Hopper's."""
+    dtype = parameters.get("dtype")
+    if "architecture" in parameters:
+        return parameters["architecture"] == 90 and dtype != "fp16"
+    if parameters.get("impl") != "triton" or not INTERPRETING:
+        return True
+    shape = parameters.get("shape", parameters.get("row", ()))
+    if isinstance(shape, tuple) and math.prod(shape) > 10_000:
+        return False
+    place = parameters.get("layout", shape)
+    if place in ((), (3, 507), (507,), "packed_channels", "images"):
+        return True
+    return dtype in (None, "float32", torch.float32)
 
 
 needs_no_interpreter = pytest.mark.skipif(

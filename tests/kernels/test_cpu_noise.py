@@ -303,7 +303,10 @@ def test_another_source_cpu_or_compiler_is_another_library(cache, monkeypatch, t
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flipped", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cut", "empty"))],
+)
 def test_a_damaged_library_is_built_again(cache, damage):
     """A library that was cut short kills the process that loads it: it must not be loaded."""
     build.load(SOURCE)
