@@ -10,6 +10,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from running import TINY, fastvae
 
+from fastvae import figures
+
 
 @pytest.fixture(autouse=True)
 def like_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -21,6 +23,14 @@ def like_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     _forget_accelerate()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chart takes as long as a tiny run: of the runs in this process none is drawn. test_figures
+    looks at charts, others at those of runs in processes of their own."""
+    if request.path.stem != "test_figures":
+        monkeypatch.setattr(figures, "save_curves", lambda lines, names, path, *_: path.touch())
 
 
 def _forget_accelerate() -> None:

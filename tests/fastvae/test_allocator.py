@@ -29,6 +29,7 @@ def page_faults(how: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_no_page_is_cleared_twice() -> None:
     if not keep_freed_memory():

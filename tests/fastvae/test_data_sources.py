@@ -150,7 +150,7 @@ def test_mistyped_path_is_not_looked_for_on_the_hub(
     ("module", "package", "data"),
     [
         ("datasets", "datasets", "someone/faces"),
-        ("sklearn.datasets", "scikit-learn", "digits"),
+        ("sklearn", "scikit-learn", "digits"),
         ("sklearn.datasets", "scikit-learn", "wine"),
     ],
 )

@@ -177,7 +177,21 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("flags", KINDS)
+# Each of them draws what one that is not slow draws.
+SLOW = (
+    "--conditional",
+    "--likelihood bernoulli --binarize none",
+    "--prior mixture --prior-components 3",
+    "--refine-steps 2",
+    "--likelihood categorical --levels 5",
+    "--variance predicted",
+    "--variance optimal",
+)
+
+
+@pytest.mark.parametrize(
+    "flags", [x if x not in SLOW else pytest.param(x, marks=pytest.mark.slow) for x in KINDS]
+)
 def test_kinds_of_models(flags: str, tmp_path: Path) -> None:
     run = train(*shlex.split(flags), "--max-steps", 3, output=tmp_path / "run")
     found = evaluated(run, "--limit", 37)

@@ -271,6 +271,7 @@ def test_a_folder_that_cannot_be_written(small_disk: Path, tmp_path: Path) -> No
     assert kept(run) == newest
 
 
+@pytest.mark.slow
 def test_the_run_is_deleted_while_it_trains(tmp_path: Path) -> None:
     flags = ["--max-steps", "100000", "--epochs", "100000", "--checkpoint-every", "2"]
     command = [*command_line(), "train", *TINY, *flags, "--output", "run"]

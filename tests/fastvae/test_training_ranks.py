@@ -382,13 +382,8 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "settings" else pytest.param(name, marks=pytest.mark.slow)
-        for name in CHANGES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
 def test_processes_that_differ(name: str, tmp_path: Path) -> None:
     change, expected = CHANGES[name]
     (tmp_path / "differing.py").write_text(DIFFERING.replace("CHANGE", change))

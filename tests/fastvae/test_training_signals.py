@@ -79,7 +79,7 @@ def stopped(
         pytest.param("command", signal.SIGTERM, "launcher", marks=pytest.mark.slow),
         pytest.param("command", signal.SIGINT, "launcher", marks=pytest.mark.slow),
         ("accelerate", signal.SIGTERM, "launcher"),
-        ("two processes", signal.SIGTERM, "launcher"),
+        pytest.param("two processes", signal.SIGTERM, "launcher", marks=pytest.mark.slow),
         pytest.param("two processes", signal.SIGTERM, "last", marks=pytest.mark.slow),
     ],
 )

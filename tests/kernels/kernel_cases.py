@@ -154,7 +154,8 @@ def far_apart(impl: str, device: str, dtype: torch.dtype) -> Tensor:
 def is_quick(parameters: Mapping[str, Any]) -> bool:
     """What the fast tests keep of the kernels' cases that are interpreted, or compiled ahead of
     time: nothing large; of each shape and layout float32, and of rows that are neither short nor
-    aligned and of packed channels all dtypes; of code for a GPU that of a Hopper's."""
+    aligned and of packed channels all dtypes; of code for a GPU that of a
+    Hopper's."""
     dtype = parameters.get("dtype")
     if "architecture" in parameters:
         return parameters["architecture"] == 90 and dtype != "fp16"

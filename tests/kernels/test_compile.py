@@ -181,7 +181,7 @@ def test_new_values_of_seed_and_offset_compile_nothing(device, function):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("function", [public, operators])
+@pytest.mark.parametrize("function", [pytest.param(public, marks=pytest.mark.slow), operators])
 def test_a_dynamic_graph_serves_all_batch_sizes(device, function):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)

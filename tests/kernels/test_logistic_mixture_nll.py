@@ -509,7 +509,7 @@ def results(function, device, batch=3, channels=2, dtype=torch.float32):
 
 @needs_no_interpreter
 @pytest.mark.usefixtures("_forget_compiled_code")
-@pytest.mark.parametrize("function", [public, operator])
+@pytest.mark.parametrize("function", [pytest.param(public, marks=pytest.mark.slow), operator])
 def test_compiled_equals_eager(device, function):
     got = results(torch.compile(function, fullgraph=True), device)
     for g, w in zip(got, results(function, device), strict=True):
