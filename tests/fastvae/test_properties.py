@@ -64,7 +64,7 @@ def changes(draw: st.DrawFn, cls: type) -> dict[str, Any]:
     return {name: draw(any_value(kinds[name])) for name in names}
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     st.sampled_from(sorted(PRESETS)),
     changes(Config),

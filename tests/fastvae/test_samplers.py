@@ -231,6 +231,7 @@ def test_draws_of_a_flow_follow_its_density(bent_flow: FlowSampler) -> None:
         assert stats.kstest(at, "uniform").statistic < 0.025
 
 
+@pytest.mark.slow
 def test_a_flow_of_each_class(class_flow: FlowSampler) -> None:
     z, labels = two_classes(4000, 1)
     truth = stats.norm.logpdf(z[:, 0].numpy(), CLASS_MEANS[labels], CLASS_STDS[labels])

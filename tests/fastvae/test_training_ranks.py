@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,8 @@ class Runs:
     def _train(self, count: int, cases: list[str], folder: Path) -> None:
         (folder / "all.py").write_text(TRAINING_ALL)
         (folder / "cases.json").write_text(json.dumps({name: flags_of(name) for name in cases}))
-        command = [*ranks(count, folder / "all.py"), str(folder)]
+        start = ranks(count, folder / "all.py") if count > 1 else [sys.executable, "all.py"]
+        command = [*start, str(folder)]
         process = run_process(command, folder, timeout=400, ACCELERATE_USE_CPU="true")
         assert process.returncode == 0, process.stderr[-4000:]
         assert "Warning" not in process.stderr

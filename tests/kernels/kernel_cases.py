@@ -151,23 +151,31 @@ def far_apart(impl: str, device: str, dtype: torch.dtype) -> Tensor:
     return x.copy_(torch.tensor([[1, 2, 3]]))
 
 
+QUICK_LAYOUTS = ("contiguous", "transposed", "packed_channels", "channels_last", "sliced")
+
+
 def is_quick(parameters: Mapping[str, Any]) -> bool:
-    """What the fast tests keep of the kernels' cases that are interpreted, or compiled ahead of
-    time: nothing large; of each shape and layout float32, and of rows that are neither short nor
-    aligned and of packed channels all dtypes; of code for a GPU that of a
-    Hopper's."""
-    dtype = parameters.get("dtype")
+    """What the fast tests keep of the kernels' cases that are interpreted, or compiled only.
+
+    Of code for a GPU that of a Hopper's in bfloat16, and in float32 in rows longer than a tile. Of
+    the others nothing large, half of the layouts, and float32 or bytes; bfloat16 where neither
+    shape nor layout varies; all dtypes in rows that are neither short nor aligned.
+    """
+    dtype = parameters.get("dtype", torch.float32)
     if "architecture" in parameters:
-        return parameters["architecture"] == 90 and dtype != "fp16"
+        wide = parameters.get("size") != (4096, 64)
+        return parameters["architecture"] == 90 and (dtype == "bf16" or (dtype == "fp32" and wide))
     if parameters.get("impl") != "triton" or not INTERPRETING:
         return True
     shape = parameters.get("shape", parameters.get("row", ()))
     if isinstance(shape, tuple) and math.prod(shape) > 10_000:
         return False
-    place = parameters.get("layout", shape)
-    if place in ((), (3, 507), (507,), "packed_channels", "images"):
+    layout = parameters.get("layout")
+    if layout in LAYOUTS and layout not in QUICK_LAYOUTS:
+        return False
+    if dtype in ("float32", torch.float32, torch.uint8) or shape in ((3, 507), (507,)):
         return True
-    return dtype in (None, "float32", torch.float32)
+    return dtype in ("bfloat16", torch.bfloat16) and shape == () and layout is None
 
 
 needs_no_interpreter = pytest.mark.skipif(

@@ -25,7 +25,7 @@ QUICK = {
     "test_bernoulli_nll.py": 50,
     "test_gaussian_nll.py": 100,
     "test_noise.py": 40,
-    "test_binarize.py": 50,
+    "test_binarize.py": 40,
 }
 ALL = {
     "test_philox.py": 50,
