@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 QUICK = {
     "test_philox.py": 50,
     "test_reparameterize_kl.py": 150,
-    "test_bernoulli_nll.py": 50,
+    "test_bernoulli_nll.py": 40,
     "test_gaussian_nll.py": 100,
     "test_noise.py": 40,
     "test_binarize.py": 40,
