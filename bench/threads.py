@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     OURS: {},
     "GNU OpenMP's own": {"GOMP_SPINCOUNT": "300000"},
     "no turn": {"GOMP_SPINCOUNT": "0"},
+    "2,000 turns": {"GOMP_SPINCOUNT": "2000"},
     "20,000 turns": {"GOMP_SPINCOUNT": "20000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
