@@ -118,15 +118,9 @@ def test_the_prior_average() -> None:
     assert found.standard_error.max() < 0.02
 
 
-@pytest.mark.parametrize(
-    ("latents", "pixels", "variance", "dtype"),
-    [
-        (2, 10, 0.3, torch.float32),
-        pytest.param(2, 10, 0.3, torch.float64, marks=pytest.mark.slow),
-        pytest.param(5, 20, 1.0, torch.float32, marks=pytest.mark.slow),
-        pytest.param(5, 20, 1.0, torch.float64, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("latents", "pixels", "variance"), [(2, 10, 0.3), (5, 20, 1.0)])
 def test_annealing(latents: int, pixels: int, variance: float, dtype: torch.dtype) -> None:
     model = linear_gaussian(7, latents, pixels, variance)
     found = annealed_log_marginal(

@@ -328,6 +328,7 @@ def streaming(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
     return started([*command_line(), "train", *common, "--checkpoint-every", "1", *flags], folder)
 
 
+@pytest.mark.slow
 def test_a_file_is_deleted_while_it_trains(images: Path, tmp_path: Path) -> None:
     process = streaming(tmp_path)
     wait_until(lambda: lines_written(tmp_path / "run") > 10, process)

@@ -157,18 +157,19 @@ QUICK_LAYOUTS = ("contiguous", "transposed", "packed_channels", "channels_last",
 def is_quick(parameters: Mapping[str, Any]) -> bool:
     """What the fast tests keep of the kernels' cases that are interpreted, or compiled only.
 
-    Of code for a GPU that of a Hopper's in bfloat16, and in float32 in rows longer than a tile. Of
-    the others nothing large, half of the layouts, and float32 or bytes; bfloat16 where neither
-    shape nor layout varies; all dtypes in rows that are neither short nor aligned.
+    Of code for a GPU that of a Hopper's, in bfloat16 where floats vary. Of the others nothing
+    large, half of the layouts, both outputs, and float32 or bytes; bfloat16 where neither shape nor
+    layout varies; all dtypes in rows that are neither short nor aligned.
     """
     dtype = parameters.get("dtype", torch.float32)
     if "architecture" in parameters:
-        wide = parameters.get("size") != (4096, 64)
-        return parameters["architecture"] == 90 and (dtype == "bf16" or (dtype == "fp32" and wide))
+        return parameters["architecture"] == 90 and dtype not in ("fp32", "fp16")
     if parameters.get("impl") != "triton" or not INTERPRETING:
         return True
     shape = parameters.get("shape", parameters.get("row", ()))
     if isinstance(shape, tuple) and math.prod(shape) > 10_000:
+        return False
+    if parameters.get("use", "both") != "both" and shape:
         return False
     layout = parameters.get("layout")
     if layout in LAYOUTS and layout not in QUICK_LAYOUTS:

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 # a skip that swallows everything, is no success. The first are of the cases that are quick.
 QUICK = {
     "test_philox.py": 50,
-    "test_reparameterize_kl.py": 150,
+    "test_reparameterize_kl.py": 130,
     "test_bernoulli_nll.py": 40,
     "test_gaussian_nll.py": 100,
     "test_noise.py": 40,
