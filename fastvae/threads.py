@@ -6,8 +6,8 @@ from collections.abc import MutableMapping
 
 # GNU OpenMP's own 300,000 turns outlast the Python between two operations, which every thread but
 # one then spends at full load: heat for a machine of one's own, and for a shared one a step that
-# waits for threads which other programs have pushed aside. Fewer turns than these put threads to
-# sleep between the operations of a compiled step, which then wakes them again and again.
+# waits for threads which other programs have pushed aside. 2,000 turns put threads to sleep between
+# the operations of a compiled step, which then wakes them again and again.
 TURNS = 60_000
 
 

@@ -35,17 +35,17 @@ def read_digits(config: DataConfig) -> list[ImageSet]:
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """Grey values 0 to 16, float64 `[N, 64]`, and classes `[N]`.
 
-    scikit-learn's file is read without scikit-learn, whose import takes longer than all else that
-    is done before the first step; by scikit-learn where the file lies elsewhere.
+    scikit-learn's file is read without scikit-learn, whose import would take as long as PyTorch's;
+    by scikit-learn where it keeps its file elsewhere.
     """
     package = find_spec("sklearn")
-    file = Path(package.origin if package and package.origin else "").parent
-    try:
-        table = np.loadtxt(file / "datasets/data/digits.csv.gz", delimiter=",")
-    except (OSError, ValueError):
-        digits = _datasets("digits").load_digits()
-        return digits.data, digits.target
-    return table[:, :-1], table[:, -1]
+    if package is not None and package.origin is not None:
+        file = Path(package.origin).parent / "datasets/data/digits.csv.gz"
+        if file.exists():
+            table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1], table[:, -1]
+    digits = _datasets("digits").load_digits()
+    return digits.data, digits.target
 
 
 def read_number_table(config: DataConfig) -> list[ImageSet]:

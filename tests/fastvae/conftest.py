@@ -27,9 +27,10 @@ def like_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chart takes as long as a tiny run: of the runs in this process none is drawn. test_figures
-    looks at charts, others at those of runs in processes of their own."""
-    if request.path.stem != "test_figures":
+    """A chart takes as long as a tiny run: the fast tests draw none of the runs in this process.
+    test_figures looks at charts, others at those of runs in processes of their own."""
+    is_slow = request.node.get_closest_marker("slow") is not None
+    if not is_slow and request.path.stem != "test_figures":
         monkeypatch.setattr(figures, "save_curves", lambda lines, names, path, *_: path.touch())
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,14 +143,18 @@ def test_refusals(
     assert set(tmp_path.rglob("*")) == before, "something was written"
 
 
-def test_the_real_command_refuses_likewise(tmp_path: Path) -> None:
-    """No traceback, status 2, nothing written: before a file is read, and after."""
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["--lattent-dim 3", "--data nosuch --output here"],
+        pytest.param(["--preset digits-mpl", "--latent-dim 0"], marks=pytest.mark.slow),
+    ],
+    ids=["unknown", "impossible"],
+)
+def test_the_real_command_refuses_likewise(chosen: list[str], tmp_path: Path) -> None:
+    """No traceback, status 2, nothing written."""
     folder_with_files(tmp_path)
     before = set(tmp_path.rglob("*"))
-    chosen = [
-        "--lattent-dim 3",
-        "--data nosuch --output here",
-    ]
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(lambda flags: fastvae("train", *flags.split(), folder=tmp_path), chosen)
     for flags, process in zip(chosen, done, strict=True):
@@ -246,11 +251,22 @@ def test_a_saved_configuration_gives_the_same_run(tmp_path: Path) -> None:
 # Started in other ways
 
 
-def test_the_script_and_its_launcher_do_the_same(trained: Trained, tmp_path: Path) -> None:
-    launcher = [*ACCELERATE, "launch", str(LAUNCH / "train.py")]
-    process = run_process(
-        [*launcher, *TINY, "--output", "run"], tmp_path, ACCELERATE_USE_CPU="true"
-    )
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param([*ACCELERATE, "launch", str(LAUNCH / "train.py")], id="launcher"),
+        pytest.param(
+            [sys.executable, str(LAUNCH / "train.py")], id="script", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            [sys.executable, "-m", "fastvae.cli", "train"], id="module", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_scripts_and_launchers_do_the_same(
+    start: list[str], trained: Trained, tmp_path: Path
+) -> None:
+    process = run_process([*start, *TINY, "--output", "run"], tmp_path, ACCELERATE_USE_CPU="true")
     assert process.returncode == 0, process.stderr
     for file in ("model.safetensors", "training.safetensors"):
         expected = (kept(trained.run) / file).read_bytes()

@@ -165,7 +165,7 @@ def test_any_combination_trains_or_is_refused(
         trains_or_is_refused(config, tmp_path_factory.mktemp("any") / "run", trained)
 
     each()
-    assert len(trained) > examples / 5  # the others were refused
+    assert len(trained) > 7 * examples / 30  # the others were refused
 
 
 def trains_or_is_refused(config: Config | str, output: Path, trained: list[str]) -> None:

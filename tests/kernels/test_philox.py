@@ -345,7 +345,9 @@ def test_a_row_depends_on_its_global_position_alone(device, draw, shape):
         assert torch.equal(row[0], whole[r])
 
 
-@pytest.mark.parametrize("columns", [1, 6, 63 if INTERPRETING else 507])
+@pytest.mark.parametrize(
+    "columns", [1, 6, 63, pytest.param(507, marks=pytest.mark.slow if INTERPRETING else [])]
+)
 def test_any_partition_of_a_batch_gives_the_same_noise(impl, device, columns):
     whole = noise_on(impl, device, 37, columns, seed=11, offset=100)
     for sizes in [(37,), (1,) * 37, (30, 7), (2, 3, 5, 7, 20)]:
