@@ -64,7 +64,11 @@ def changes(draw: st.DrawFn, cls: type) -> dict[str, Any]:
     return {name: draw(any_value(kinds[name])) for name in names}
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.mark.parametrize("examples", [400, pytest.param(1500, marks=pytest.mark.slow)])
+def test_a_configuration_is_refused_in_words_or_survives_json(examples: int) -> None:
+    settings(max_examples=examples, deadline=None)(is_refused_or_survives_json)()
+
+
 @given(
     st.sampled_from(sorted(PRESETS)),
     changes(Config),
@@ -73,7 +77,7 @@ def changes(draw: st.DrawFn, cls: type) -> dict[str, Any]:
     changes(OptimizerConfig),
     changes(DataConfig),
 )
-def test_a_configuration_is_refused_in_words_or_survives_json(
+def is_refused_or_survives_json(
     name: str, top: Any, model: Any, objective: Any, optimizer: Any, data: Any
 ) -> None:
     try:
