@@ -204,9 +204,12 @@ class Course:
         return bool(self.interrupt.noted or self.saver.failed or self._is_overdue())
 
     def _is_overdue(self) -> bool:
-        """Whether `--checkpoint-minutes` have passed, by this process's clock."""
+        """Whether `--checkpoint-minutes` have passed, by this process's clock, and there is a step
+        to keep: where keeping takes longer than that, one is taken between two checkpoints."""
         minutes = self.config.checkpoint_minutes
-        return minutes is not None and self.clock.now() - self.kept_at >= 60 * minutes
+        if minutes is None or self.updates.done == self.saver.begun:
+            return False
+        return self.clock.now() - self.kept_at >= 60 * minutes
 
     def _exchange(self) -> bool:
         """Ask the other processes, from time to time: stop if one of them was told to, or failed to

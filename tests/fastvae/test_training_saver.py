@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import TINY, train, weights
+from running import TINY, fastvae, train, weights
 
 from fastvae import checkpoints
 from fastvae.cli import main
@@ -102,6 +102,15 @@ def test_by_time_in_place_of_epochs(tmp_path: Path) -> None:
     assert len(kept["0.0005"]) > 2
     last = [weights(tmp_path / minutes) for minutes in kept]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+def test_by_time_where_keeping_takes_longer_than_that(tmp_path: Path) -> None:
+    """A checkpoint after each step, and the run comes to its end."""
+    flags = [*TINY, *OFTEN, "--max-steps", "20", "--checkpoint-minutes", "1e-9"]
+    process = fastvae("train", *flags, "--output", "run", folder=tmp_path, timeout=120)
+    assert process.returncode == 0, process.stderr
+    kept = [folder_step(folder) for folder in checkpoints.folders(tmp_path / "run")]
+    assert kept == list(range(20, -1, -1))
 
 
 def test_by_time_a_mistake_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
