@@ -152,7 +152,7 @@ class Evaluator:
             _log.warning("evaluations are not compiled: %s", self._terms.problem)
             self._terms = self._sums
         self.model.train(was_training)
-        sums = torch.cat([self.sums, self.sums.new_tensor([broken_off])])
+        sums = torch.cat([self.sums, self.sums.new_full((1,), float(broken_off))])
         if self.accelerator:
             sums = self.accelerator.reduce(sums, reduction="sum")
         nll, kl, broken_off = (sums / len(self.heldout)).tolist()

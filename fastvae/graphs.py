@@ -16,6 +16,9 @@ def captured(
     # Other threads go on meanwhile: one copies a checkpoint to the host, NCCL's looks at events.
     mode = "thread_local"
     stream = torch.cuda.current_stream()
+    # A graph's matrix products write to the workspace that cuBLAS had when they were captured.
+    # Whoever captures next may free it: it is allocated anew, in the graph's own memory.
+    torch._C._cuda_clearCublasWorkspaces()
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
@@ -24,4 +27,6 @@ def captured(
     except RuntimeError as error:
         torch.cuda.synchronize()
         return None, str(error).splitlines()[0]
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
     return graph, ""

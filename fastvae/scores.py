@@ -22,8 +22,9 @@ BLOCK = 50
 # More images at once gain nothing; on a CPU, nor do more than about its cache holds.
 MOST_ROWS = 2000
 CPU_BYTES = 64 * 2**20
-# Decoded images from which compilation pays for its seconds.
-WORTH_COMPILING = 5_000_000
+# Decoded images from which compilation pays for its ten seconds or more. A GPU's figure is owed a
+# measurement: a small decoder there takes some 50 ns an image, of which compilation saves a part.
+WORTH_COMPILING = {"cpu": 5_000_000, "cuda": 500_000_000}
 
 
 class Scores(NamedTuple):
@@ -107,7 +108,7 @@ def _score(
         rows = min(rows, max(1, CPU_BYTES // (4 * per_draw * block)))
     rows = min(rows, share.last - share.first, MOST_ROWS)
     if compile is None:
-        compile = samples * (share.last - share.first) > WORTH_COMPILING
+        compile = samples * (share.last - share.first) > WORTH_COMPILING[device.type]
     terms = _BlockTerms(vae, block, weighs)
     if compile:
         compile_in_place(terms, required=False)

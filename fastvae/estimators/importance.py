@@ -54,7 +54,6 @@ def importance_log_marginal(log_weights: LogWeights, samples: int, chunk: int) -
     """
     if samples < 1 or chunk < 1:
         raise UserError(f"samples and chunk must be at least 1, got {samples} and {chunk}")
-    log_sum = log_sum_of_squares = torch.tensor(-math.inf, dtype=torch.float64)
     for start in range(0, samples, chunk):
         count = min(chunk, samples - start)
         log_w = log_weights(start, count)
@@ -63,6 +62,8 @@ def importance_log_marginal(log_weights: LogWeights, samples: int, chunk: int) -
                 f"log weights of {count} samples must be [{count}, B], got {tuple(log_w.shape)}"
             )
         log_w = log_w.double()
+        if start == 0:
+            log_sum = log_sum_of_squares = log_w.new_full(log_w.shape[1:], -math.inf)
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
         log_sum_of_squares = torch.logaddexp(log_sum_of_squares, (2 * log_w).logsumexp(0))
     effective = (2 * log_sum - log_sum_of_squares).exp()

@@ -69,9 +69,11 @@ class Snapshot:
     def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.copied is None:
             return tensors
-        # A stream of its own: the copy to the host does not queue behind training.
+        # The copy to the host does not queue behind training: it goes through a stream of another
+        # priority. One of the same may be training's, since PyTorch hands out 32 in turn.
         device = next(iter(tensors.values())).device
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        stream = torch.cuda.Stream(device, priority=-1)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             self.copied.synchronize()
             return {name: x.to("cpu") for name, x in tensors.items()}
 

@@ -342,7 +342,8 @@ class Course:
         """Sums of METRICS and the images that could not be read, since the last line, of all
         processes; the steps skipped since then, and in a row until now."""
         updates = self.updates
-        own = torch.cat([updates.sums, updates.sums.new_tensor([updates.feed.bad_samples])])
+        bad = updates.sums.new_full((1,), updates.feed.bad_samples)  # new_tensor would wait
+        own = torch.cat([updates.sums, bad])
         faults = torch.stack([updates.skipped, updates.step - updates.last_good])
         return Reading(torch.cat([self.accelerator.reduce(own, reduction="sum"), faults]))
 

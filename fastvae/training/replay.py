@@ -45,9 +45,12 @@ class Replay:
         return {**found, "problem": self.problem} if self.problem else found
 
     def size(self, steps: int) -> int:
-        """How many of the next `steps` one call takes."""
+        """How many of the next `steps` one call takes: no more different numbers than powers of
+        two, since each is captured."""
         several = self.steps_per_launch
-        return several if self.graphs and several and several <= steps else 1
+        if not self.graphs or several is None:
+            return 1
+        return several if several <= steps else 1 << (steps.bit_length() - 1)
 
     def __call__(self, count: int) -> None:
         """Take `count` steps, 1 or what `size` said."""

@@ -6,6 +6,8 @@ Needs nothing of conftest.py, so that `bench/gpu.py` can run it where few packag
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from step_cases import digit_like_images, make_accelerator, make_updates
 from step_speed import side_stream
 
 from fastvae.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
-from fastvae.training.readings import Reading
+from fastvae.training.course import Course
 from fastvae.training.updates import Updates
 
 pytestmark = [
@@ -82,13 +84,14 @@ def test_nor_when_compiled(replayed: bool) -> None:
 
 def test_nor_for_the_numbers_of_a_line() -> None:
     updates = warm(PLAIN, compiled=False, replayed=True)
+    course: Any = SimpleNamespace(updates=updates, accelerator=updates.accelerator)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         readings = []
         for _ in range(3):
             updates.advance(10)
-            readings.append(Reading(updates.sums))
+            readings.append(Course._reading(course))
             updates.sums.zero_()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -358,7 +358,7 @@ def test_every_step_is_taken_once(cuda: None, monkeypatch: pytest.MonkeyPatch) -
         assert len(done) == before + steps
     assert done[: replay.PLAIN_STEPS] == ["plain"] * replay.PLAIN_STEPS
     assert "plain" not in done[replay.PLAIN_STEPS :]
-    assert set(done) == {"plain", "of 1", "of 8"}
+    assert set(done) == {"plain", "of 1", "of 2", "of 4", "of 8"}
 
 
 def test_a_number_is_found_by_measuring(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +366,16 @@ def test_a_number_is_found_by_measuring(cuda: None, monkeypatch: pytest.MonkeyPa
     advance(found, 200)
     assert found.steps_per_launch == replay.MOST_STEPS_PER_LAUNCH  # a stand-in takes no time
     assert len(done) == 200 and "of 64" in done
+
+
+def test_many_steps_a_launch_where_a_line_of_the_log_comes_sooner(
+    cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, done = replayed(64, monkeypatch)
+    for _ in range(4):
+        advance(found, 50)
+    assert len(done) == 200
+    assert set(done[50:]) == {"of 32", "of 16", "of 2"}
 
 
 def test_a_failed_capture_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """Which implementations run where, and memory that punishes whoever forgets to write it."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import HAS_TRITON, INTERPRETING, is_quick
+from kernel_cases import HAS_TRITON, INTERPRETING, ONE_IN, is_interpreted, is_quick
 
 NO_GPU = pytest.mark.skip(reason="no CUDA device on this machine")
 
@@ -34,11 +35,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Most of what is interpreted or compiled ahead of time takes a second a case: it is slow."""
+    """Most of what is interpreted or compiled ahead of time is slow: it takes a second a case."""
     here = Path(__file__).parent
+    cases: Counter[str] = Counter()
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if item.path.parent == here and not is_quick(parameters):
+        if item.path.parent != here or not hasattr(item, "callspec"):
+            continue
+        parameters = item.callspec.params
+        quick = is_quick(parameters)
+        if quick and is_interpreted(parameters):
+            test = item.nodeid.partition("[")[0]
+            quick = cases[test] % ONE_IN == 0
+            cases[test] += 1
+        if not quick:
             item.add_marker(pytest.mark.slow)
 
 

@@ -362,8 +362,8 @@ def test_bytes_are_read_together(variant):
     assert not re.search(r"ld\.global\S*\.b8\b", ptx)
 
 
-@pytest.mark.parametrize("columns", [1, 20, 63, 784, 1000, 3072, 5000, 100_000])
-@pytest.mark.parametrize("batch", [1, 7, 128, 8192, 100_000])
+@pytest.mark.parametrize("columns", [1, 20, 63, 784, 3072, 5000, 100_000, 5_070_000, 10**8])
+@pytest.mark.parametrize("batch", [1, 7, 16, 128, 8192, 100_000])
 @pytest.mark.parametrize("loops", [True, False])
 def test_tiles_cover_all_rows_and_columns(batch, columns, loops):
     """Whole parts, no program without a row or a column, and as many lanes as a program has."""
@@ -373,6 +373,7 @@ def test_tiles_cover_all_rows_and_columns(batch, columns, loops):
     assert tiles.block_r * tiles.block_c <= 2 * launch.TILE
     assert 0 <= tiles.row_programs * tiles.block_r - batch < tiles.block_r
     assert 0 <= tiles.column_programs * tiles.block_c - columns < tiles.block_c
+    assert tiles.column_programs < 2**16 > tiles.splits  # CUDA's limit in a second dimension
     assert tiles.columns_per_split % tiles.block_c == 0
     assert 0 <= tiles.splits * tiles.columns_per_split - columns < tiles.columns_per_split
 

@@ -17,27 +17,19 @@ from kernel_cases import HAS_TRITON, needs_no_interpreter
 
 HERE = Path(__file__).parent
 
-# The least number of kernel cases that must run in each file: a filter that selects nothing, or
-# a skip that swallows everything, is no success. The first are of the cases that are quick.
-QUICK = {
-    "test_philox.py": 50,
-    "test_reparameterize_kl.py": 130,
-    "test_bernoulli_nll.py": 40,
-    "test_gaussian_nll.py": 100,
-    "test_noise.py": 40,
-    "test_binarize.py": 40,
-}
-ALL = {
-    "test_philox.py": 50,
-    "test_reparameterize_kl.py": 300,
-    "test_bernoulli_nll.py": 100,
-    "test_gaussian_nll.py": 230,
-    "test_noise.py": 40,
-    "test_binarize.py": 100,
-    "test_logistic_mixture_nll.py": 140,
-    "test_row_weight.py": 260,
-    "test_channels_last.py": 70,
-    "test_indices.py": 130,
+# The least number of kernel cases that must run in each file, of the quick ones and of all: a
+# filter that selects nothing, or a skip that swallows everything, is no success.
+CASES = {
+    "test_philox.py": (10, 50),
+    "test_reparameterize_kl.py": (50, 300),
+    "test_bernoulli_nll.py": (18, 100),
+    "test_gaussian_nll.py": (35, 230),
+    "test_noise.py": (6, 40),
+    "test_binarize.py": (15, 100),
+    "test_logistic_mixture_nll.py": (20, 140),
+    "test_row_weight.py": (30, 260),
+    "test_channels_last.py": (8, 70),
+    "test_indices.py": (15, 130),
 }
 
 # Triton 3.6 makes an int of an array of one element, which numpy 2.4 refuses; Triton 3.9 does not.
@@ -48,7 +40,10 @@ KNOWN_CLASH = "only 0-dimensional arrays can be converted to Python scalars"
 @pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
 @pytest.mark.parametrize(
     ("minimum", "selected"),
-    [(QUICK, "not slow"), pytest.param(ALL, "", marks=pytest.mark.slow)],
+    [
+        ({name: quick for name, (quick, _) in CASES.items()}, "not slow"),
+        pytest.param({name: n for name, (_, n) in CASES.items()}, "", marks=pytest.mark.slow),
+    ],
     ids=["quick", "all"],
 )
 def test_kernels_pass_in_the_interpreter(tmp_path, minimum, selected):

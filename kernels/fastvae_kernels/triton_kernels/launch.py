@@ -18,6 +18,8 @@ SPLIT_COLUMNS = 4 * TILE
 FEW_PROGRAMS = 512
 # As many programs of four warps run at once on the largest GPUs (132 multiprocessors, 16 each).
 FULL = 2048
+# No launch has more programs than this in its second dimension, along columns.
+MOST_COLUMN_PROGRAMS = 65535
 # One program looks after no more rows than it has threads.
 MOST_ROWS = 128
 
@@ -45,9 +47,10 @@ def tiling(batch: int, columns: int, *, loops: bool = True) -> Tiling:
     are 13 parts of 64, but 77 % of 1024. A narrow tile is one of many rows, and a loop over such
     tiles has few programs: each is left for where there are rows enough.
     """
-    widest = min(TILE, max(4, _next_power_of_2(columns)))
+    narrowest = _next_power_of_2(-(-columns // MOST_COLUMN_PROGRAMS))
+    widest = max(min(TILE, max(4, _next_power_of_2(columns))), narrowest)
     widths = [widest]
-    while widths[-1] > NARROWEST:
+    while widths[-1] > max(NARROWEST, narrowest):
         widths.append(widths[-1] // 2)
     programs = FEW_PROGRAMS if loops else 1
     widths = [c for c in widths if c == widest or batch * c >= programs * TILE]
@@ -55,7 +58,7 @@ def tiling(batch: int, columns: int, *, loops: bool = True) -> Tiling:
     is_shared = loops and columns > 3 * block_c
     is_large = batch * columns >= 2 * TILE * FULL
     tile = 2 * TILE if is_large and not is_shared else TILE
-    block_r = min(tile // block_c, _next_power_of_2(batch))
+    block_r = min(max(1, tile // block_c), _next_power_of_2(batch))
     row_programs = -(-batch // block_r)
     column_programs = -(-columns // block_c)
     splits = 1
