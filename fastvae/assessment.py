@@ -14,6 +14,7 @@ from fastvae.batch import Batch
 from fastvae.data import ImageSet
 from fastvae.errors import UserError
 from fastvae.evaluation import quantity_names
+from fastvae.files import without_nan
 from fastvae.noise import derived_seed
 from fastvae.parts.networks import pixels
 from fastvae.ranks import Share
@@ -88,7 +89,7 @@ def assess(
         result = _assess(vae, heldout, train_set, effort, seed, folder, keep, share)
     finally:
         vae.train(was_training)
-    return _without_nan(result)
+    return without_nan(result)
 
 
 def _assess(
@@ -126,13 +127,6 @@ def _assess(
         "nats per image, means over images, with standard errors over images; bits_per_dim in bits"
     )
     return result
-
-
-def _without_nan(value: Any) -> Any:
-    """None for what is not finite, such as the spread of one image: JSON has no word for it."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------- bounds

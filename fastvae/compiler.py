@@ -1,9 +1,12 @@
 """torch.compile on this machine: whether it works, and where it keeps what it made."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -12,6 +15,13 @@ from fastvae_kernels.cpu.build import cache_folder
 from torch import nn
 
 from fastvae.errors import UserError
+
+CALLS_THAT_SHOW = 3
+"""What can be compiled for the first calls, and holds in the next, is taken to be compiled."""
+# A graph is a handful of libraries. What is broken again each time is no relic: a disk is full.
+MOST_REPAIRS = 20
+
+_RECOMPILED = "Detected recompile"  # of the RuntimeError under the stance "fail_on_recompile"
 
 
 def keep_compiled_code() -> None:
@@ -40,7 +50,7 @@ def compiler_problem(device: torch.device) -> str:
         try:
             get_cpp_compiler()
         except Exception as error:  # no compiler has several faces
-            return _first_line(error)
+            return _in_one_line(error)
         return ""
     if find_spec("triton") is None:
         return "Triton is not installed"
@@ -50,41 +60,79 @@ def compiler_problem(device: torch.device) -> str:
 
 
 class Compiled:
-    """A function, compiled in one graph when it is first called; if that fails, called as it is.
+    """A function, compiled in one graph when it is first called; where that fails, then or when it
+    is to be compiled for something else, called as it is from then on.
 
-    Nothing of it has run by then: tracing and code generation come first, those of the backward
+    Nothing of a call has run by then: tracing and code generation come first, those of the backward
     pass too.
     """
 
     def __init__(self, function: Callable[..., Any], *, required: bool) -> None:
         """`required`: what cannot be compiled is a UserError, for --compile on."""
+        from torch._functorch import config  # not there before something is compiled
+
+        config.force_non_lazy_backward_lowering = True
         self.function, self.required = function, required
         self.compiled = torch.compile(_of_its_own(function), fullgraph=True, dynamic=False)
-        self.called = False
+        self.calls = self.repairs = 0
         self.problem = ""
         """Why it is not compiled, in one line."""
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if self.problem:
             return self.function(*arguments, **keywords)
-        if self.called:
-            return self.compiled(*arguments, **keywords)
         try:
-            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-                result = self.compiled(*arguments, **keywords)
+            result = self.compiled(*arguments, **keywords)
         except Exception as error:  # Dynamo, Inductor and Triton have many
-            if not type(error).__module__.startswith(
-                ("torch._dynamo", "torch._inductor", "triton")
-            ):
+            if not _is_of_the_compiler(error):
                 raise
-            self.problem = _first_line(error)
-            if self.required:
-                raise UserError(
-                    f"--compile on: this model cannot be compiled: {self.problem}"
-                ) from error
+            if self.repairs < MOST_REPAIRS and _broken_libraries_removed(error):
+                self.repairs += 1
+                return self(*arguments, **keywords)
+            problem = _in_one_line(error)
+            if self.required and self.calls < CALLS_THAT_SHOW:
+                self.function(*arguments, **keywords)  # where the model's own errors are raised
+                text = f"--compile on: this model cannot be compiled: {problem}"
+                raise UserError(text) from error
+            self.problem = problem
             return self.function(*arguments, **keywords)
-        self.called = True
+        self.calls += 1
         return result
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    modules = ("torch._dynamo", "torch._inductor", "triton")
+    return type(error).__module__.startswith(modules) or str(error).startswith(_RECOMPILED)
+
+
+def _broken_libraries_removed(error: Exception) -> bool:
+    """Delete compiled code that cannot be loaded: a process that is killed while it links leaves a
+    library which PyTorch would try to load for ever after. Whether any was deleted."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not folder or ("ImportError" not in str(error) and "OSError" not in str(error)):
+        return False
+    removed = False
+    for file in map(Path, re.findall(r"/[^\s:'\"]+\.so\b", str(error))):
+        if file.is_relative_to(folder) and file.is_file():
+            for part in file.parent.glob(f"{file.name.partition('.')[0]}*.*o"):  # .so and .o
+                with suppress(OSError):
+                    part.unlink()
+                    removed = True
+    return removed
+
+
+def _in_one_line(error: Exception) -> str:
+    """What a compiler's error says, and where in whose code, if it knows."""
+    text = str(error)
+    if text.startswith(_RECOMPILED) or type(error).__name__ == "FailOnRecompileLimitHit":
+        changing = re.search(r"- \d+/\d+: (.+?)(?:\s+#|$)", text, re.MULTILINE)
+        which = f" (no longer: {changing[1].strip()})" if changing else ""
+        return f"it depends on values in Python that change from call to call{which}"
+    stack = getattr(error, "real_stack", None)
+    where = f" ({stack[-1].filename}:{stack[-1].lineno})" if stack else ""
+    lines = [line.strip() for line in text.splitlines()]
+    told = (line for line in lines if line and not line.startswith("backend="))
+    return next(told, type(error).__name__) + where
 
 
 def _of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,12 +141,6 @@ def _of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(function, FunctionType):
         function.__code__ = function.__code__.replace()
     return function
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = (line for line in lines if line and not line.startswith("backend="))
-    return next(told, type(error).__name__)
 
 
 def compile_in_place(module: nn.Module, *, required: bool) -> Compiled:

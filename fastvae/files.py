@@ -1,8 +1,10 @@
 """Files that are whole or not there, and what tells them apart."""
 
 import hashlib
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 from fastvae.errors import UserError
 
@@ -36,3 +38,10 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         fresh.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def without_nan(value: Any) -> Any:
+    """None for what is not finite, such as the spread of one image: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

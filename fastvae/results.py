@@ -11,7 +11,7 @@ from fastvae import figures, runs
 from fastvae.bayes import BayesianNetwork
 from fastvae.data import ImageSet
 from fastvae.evaluation import Evaluation, quantity_names
-from fastvae.files import write_whole
+from fastvae.files import without_nan, write_whole
 from fastvae.models import Model
 from fastvae.parts.networks import pixels
 from fastvae.predictions import assess_predictions
@@ -37,7 +37,8 @@ def write_results(
     model.eval()
     found = describe(model, run, heldout, result, seed)
     results = {"heldout": result.named(), **found, **circumstances}
-    write_whole(run / runs.RESULTS, json.dumps(results, indent=2) + "\n")
+    text = json.dumps(without_nan(results), indent=2, allow_nan=False)
+    write_whole(run / runs.RESULTS, text + "\n")
     return results
 
 

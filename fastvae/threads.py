@@ -10,18 +10,22 @@ from collections.abc import MutableMapping
 # the operations of a compiled step, which then wakes them again and again.
 TURNS = 60_000
 
+_NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+_held: dict[str, str] = {}
+
 
 def let_waiting_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
     """Have GNU OpenMP's threads sleep after a short wait, unless the user has said how they wait.
 
     Without effect once PyTorch is loaded, which reads the environment then.
     """
-    said = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys()
-    if not said and "torch" not in sys.modules:
+    if not any(name in environment for name in _NAMES) and "torch" not in sys.modules:
         environment["GOMP_SPINCOUNT"] = str(TURNS)
+    _held.update({name: environment[name] for name in _NAMES if name in environment})
 
 
-def waiting(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
-    """What the environment says of it, for results."""
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    return {name: environment[name] for name in names if name in environment}
+def waiting() -> dict[str, str]:
+    """What the environment said of it when fastvae was imported, for results."""
+    return dict(_held)

@@ -117,7 +117,7 @@ class Course:
         self.result: Evaluation | None = None
         self.evaluated = -1
         """The step that `result` is of."""
-        self.minded = self.warned = False
+        self.minded = self.warned = self.told = False
         self.seconds_of_step = self.slowest_step = 0.0
         """Of this process, and the longest of all when they last asked one another."""
         self.asked = counters.step
@@ -185,16 +185,17 @@ class Course:
         if updates.replay and updates.replay.problem and not self.warned:
             self.warned = True
             self.log.say(
-                f"steps are launched one operation at a time: a CUDA graph of them failed "
-                f"({updates.replay.problem})"
+                "steps are launched one operation at a time, not replayed as a CUDA graph: "
+                f"{updates.replay.problem}"
             )
+        if updates.compile_problem and not self.told:
+            self.told = True
+            self.log.say(f"not compiled: {updates.compile_problem}")
         if taken:
             self.said = not self.plan.is_line_due(updates.done, self.config)
         if clock.first_step_seconds is None:
             clock.first_step(self.accelerator.device)
             self.interrupt.stop_at_once(None)
-            if updates.compile_problem:
-                self.log.say(f"not compiled: {updates.compile_problem}")
             self.log.say(f"first step {clock.first_step_seconds:.1f} s after the start")
         else:
             clock.count(taken * self.config.batch_size)

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from fastvae.files import write_whole
+from fastvae.files import without_nan, write_whole
 from fastvae.runs import METRICS
 
 # Where there is no terminal to draw a bar on.
@@ -53,7 +53,7 @@ class RunLog:
         self.accelerator.log(values, step=step)
         if self.lines is None:
             return
-        self.lines.write(json.dumps(values) + "\n")
+        self.lines.write(json.dumps(without_nan(values), allow_nan=False) + "\n")
         self.lines.flush()
         self._show(step, values)
 

@@ -41,7 +41,7 @@ from fastvae.training.course import Counters, Course
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.interrupt import Interrupt
-from fastvae.training.launcher import obeyed
+from fastvae.training.launcher import named_in, obeyed, precision
 from fastvae.training.log import RunLog
 from fastvae.training.muon import Muon, layer_weights
 from fastvae.training.plan import Plan
@@ -87,7 +87,7 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
         raise UserError(reason)
 
     # The processes, and what each takes of a batch.
-    config = obeyed(config)
+    asked, config = config, obeyed(config)
     accelerator = _make_accelerator(config)
     device = accelerator.device
     if device.type == "cuda":  # on the default stream nothing can be captured
@@ -172,7 +172,7 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
 
     # The run's folder, into which nothing is written before all of the above has gone well.
     with Interrupt() as interrupt:
-        run = Path(together.on_main(lambda: str(_open_folder(config, name, resume))))
+        run = Path(together.on_main(lambda: str(_open_folder(asked, name, resume))))
         interrupt.stop_at_once(f"stopped before the first step: continue with --resume {run}")
         _start_tracker(config, run, accelerator)
         bound = quantity_names(model.likelihood.is_density, model.is_bound)["elbo"]
@@ -263,10 +263,10 @@ def _make_accelerator(config: Config) -> Accelerator:
     # PyTorch's optimizers import its compiler. If the processes' group is there by then, functions
     # keep it as a default argument, and its threads outlive the run.
     import_module("torch._dynamo")
-    precision = None if config.mixed_precision == "auto" else config.mixed_precision
+    computing_in = precision(config)
     try:
         accelerator = Accelerator(
-            mixed_precision=precision,
+            mixed_precision=computing_in,
             # As a plugin: a number would give way to what the launcher's environment says.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps
@@ -281,8 +281,13 @@ def _make_accelerator(config: Config) -> Accelerator:
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-    except ValueError as error:
-        raise UserError(f"mixed precision: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        told = str(error).splitlines()[0]
+        if named := named_in(error):
+            raise UserError(f"Accelerate cannot begin with {named}: {told}") from error
+        if isinstance(error, ValueError):
+            raise UserError(f"mixed precision {computing_in}: {told}") from error
+        raise
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
     return accelerator

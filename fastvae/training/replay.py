@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from fastvae.graphs import captured
+from fastvae.training.buffers import STEPS_THAT_SHOW
 
 # Before a capture: what is compiled, cached or allocated at first use must have been.
 # DistributedDataParallel measures and rebuilds its buckets in its first steps.
-PLAIN_STEPS, PLAIN_STEPS_DISTRIBUTED = 3, 11
+PLAIN_STEPS, PLAIN_STEPS_DISTRIBUTED = STEPS_THAT_SHOW, 11
 TIMED_STEPS = 20
 # A launch costs the host some ten microseconds; with this much work in each they do not show.
 SECONDS_PER_LAUNCH = 2e-3
@@ -65,12 +66,16 @@ class Replay:
         self.done += count
 
     def _capture(self, count: int) -> None:
-        graph, self.problem = captured(self.update, count)
+        graph, problem = captured(self.update, count)
         if graph is None:
-            self.graphs.clear()
-            self.steps_per_launch = 1
+            self.give_up(problem)
         else:
             self.graphs[count] = graph
+
+    def give_up(self, problem: str) -> None:
+        """Replay nothing from now on, for this reason."""
+        self.problem, self.steps_per_launch = problem, 1
+        self.graphs.clear()
 
     def _choose(self) -> None:
         """Find `steps_per_launch` from the time that the first replays of one step take."""

@@ -14,9 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fastvae.compiler import Compiled, compile_in_place
+from fastvae.compiler import CALLS_THAT_SHOW, Compiled, compile_in_place
 from fastvae.config import Config
 from fastvae.models import Model
+from fastvae.training.buffers import Buffers, values_in_python
 from fastvae.training.compiler import (
     add_gradients,
     gradients_in_one_graph,
@@ -74,7 +75,8 @@ class Updates:
         cuts = shares(config.batch_size, self.parts * accelerator.num_processes)
         self.rows = cuts[accelerator.process_index :: accelerator.num_processes]
         self.done = done
-        self._begun = False
+        self._taken = 0  # by this process
+        self.buffers = Buffers(step)
         self.step = torch.tensor(done, device=device)
         self.position = self.step * config.batch_size
         """Of the first row of the next step: 0-d int64."""
@@ -130,19 +132,28 @@ class Updates:
     def advance(self, steps: int, until: Callable[[], bool] = lambda: False) -> None:
         """Take so many optimizer steps, fewer if `until` says so between two; the host may be back
         before the device is done."""
-        batch = self.config.batch_size
         end = self.done + steps
-        with self._without_guards(steps):
+        while self.done < end and self._taken < CALLS_THAT_SHOW and not until():
+            with self._stance(1):
+                self._advance(1)
+        with self._stance(end - self.done):
             while self.done < end and not until():
-                count = 1 if self.replay is None else self.replay.size(end - self.done)
-                if self.feed.on_device:
-                    self.feed.prepare(self.done * batch, (self.done + count) * batch)
-                if self.replay is None:
-                    self._update()
-                else:
-                    self.replay(count)
-                self.done += count
-        self._begun = True
+                self._advance(1 if self.replay is None else self.replay.size(end - self.done))
+
+    def _advance(self, count: int) -> None:
+        batch = self.config.batch_size
+        if self.feed.on_device:
+            self.feed.prepare(self.done * batch, (self.done + count) * batch)
+        if self.replay is None:
+            self._update()
+        else:
+            before = values_in_python(self.training_step) if self._taken == 1 else {}
+            self.replay(count)
+            after = values_in_python(self.training_step) if before else {}
+            if changed := [name for name, value in after.items() if before.get(name) != value]:
+                self.replay.give_up(f"{changed[0]} changes from step to step")
+        self._taken += count
+        self.done += count
 
     def snapshot(self) -> Tensor:
         """A copy of `tally` as it is after the steps that were asked for. Nobody waits for it: a
@@ -172,20 +183,26 @@ class Updates:
         """That of step `step` (from 0), for the log."""
         return float(self._learning_rate(torch.tensor(step)))
 
-    def _without_guards(self, steps: int) -> AbstractContextManager[object]:
-        """Do not ask compiled code before each call whether it still holds.
+    def _stance(self, steps: int) -> AbstractContextManager[object]:
+        """Whether compiled code is asked before each of the next `steps` if it still holds.
 
-        What held in the first step holds in all. Asking takes 0.3 ms on a CPU, a twentieth of a
-        short step; not to ask takes about a millisecond once.
+        The second step may compile it anew, for what the first has left behind. In the third it
+        must hold, since no later one asks: that takes 0.3 ms on a CPU, a twentieth of a short step;
+        not to ask takes about a millisecond once.
         """
-        if not (self.gradients and self._begun and self.replay is None and steps >= 10):
+        if not self.gradients or self.replay is not None:
             return nullcontext()  # other compiled code is not this run's alone
-        return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+        if self._taken == CALLS_THAT_SHOW - 1:
+            return torch.compiler.set_stance("fail_on_recompile")
+        if self._taken >= CALLS_THAT_SHOW and steps >= 10:
+            return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+        return nullcontext()
 
     def _update(self) -> None:
         """One optimizer step over `batch_size` images, this process's in `parts`; none where a
         gradient is not finite, of which all processes are sure alike."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.keep()
         if self.gradients:
             found, sums, bad = self.gradients(self.position)
             for parameter, gradient in zip(self.model.parameters(), found, strict=True):
@@ -199,6 +216,7 @@ class Updates:
                 sums = tuple(a.double() + b for a, b in zip(sums, more, strict=True))
             bad = not_finite(sums[0], [p.grad for p in self.model.parameters()])
         self._account(sums, bad)
+        self.buffers.restore(bad)
         if self.config.optimizer.clip_norm:
             self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optimizer.clip_norm

@@ -30,6 +30,7 @@ from fastvae_kernels.layout import in_memory_order
 Impl = Literal["auto", "triton", "torch"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = torch.finfo(torch.float32).max
 _FLOATING_DTYPES = (*_KERNEL_DTYPES, torch.float64)
 _DATA_DTYPES = (torch.uint8, torch.bool, *_FLOATING_DTYPES)
 _HAS_TRITON = find_spec("triton") is not None
@@ -212,6 +213,7 @@ def gaussian_nll(
     if isinstance(logvar, Tensor):
         _check_parameter("logvar", logvar, "mean", mean, or_one=True)
     elif isinstance(logvar, (float, int)) and not isinstance(logvar, bool):
+        _check_finite("logvar", logvar)
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
         logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
     else:
@@ -276,10 +278,19 @@ def _draw(
     impl: Impl,
 ) -> Tensor:
     _check_shape(shape)
-    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors have it
+    device = _device(device)
     seed, offset = _int64_scalar("seed", seed, device), _int64_scalar("offset", offset, device)
     draw = operator if _takes_triton(impl, device) else definition
     return draw(shape[0], math.prod(shape[1:]), seed, offset).view(tuple(shape))
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """As tensors have it: "cuda" becomes "cuda:0". Raises ValueError where there is none."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"there is no device {device} to draw on: {told}") from error
 
 
 def binarize(
@@ -463,8 +474,13 @@ def _check_row_weight(row_weight: float | None) -> None:
         return
     if not isinstance(row_weight, (float, int)) or isinstance(row_weight, bool):
         raise TypeError(f"row_weight must be a float, got {type(row_weight).__name__}")
-    if not math.isfinite(row_weight):
-        raise ValueError(f"row_weight must be finite, got {row_weight}")
+    _check_finite("row_weight", row_weight)
+
+
+def _check_finite(name: str, value: float) -> None:
+    """As a float32 too, which is what it is used as."""
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name} must be finite as a float32, got {str(value)[:40]}")
 
 
 def _check_indices(

@@ -74,6 +74,16 @@ def refused():
         given = {**CALLS[name][1], **spoilt}
         said = f"logvar is {given['logvar'].dtype}, {other} {given[other].dtype}; {NEITHER} logvar"
         yield name, spoilt, TypeError, said
+    # Numbers that no float32 is, and devices that are not there.
+    for number in (10**400, 1e39, -1e39, float("inf"), float("nan")):
+        said = f"must be finite as a float32, got {str(number)[:40]}"
+        yield "gaussian_nll", {"logvar": number}, ValueError, f"logvar {said}"
+        for name in ("bernoulli_nll", "gaussian_nll"):
+            yield name, {"row_weight": number}, ValueError, f"row_weight {said}"
+    for device in ("gpu", "cuda:99", "a1"):
+        for name in ("uniform", "normal"):
+            said = f"there is no device {device} to draw on: "
+            yield name, {"device": device}, ValueError, said
     for prior in ("prior_mu", "prior_logvar"):
         said = f"{prior} is torch.float64, mu torch.float32; {NEITHER} {prior}.to(mu.dtype)"
         yield "reparameterize_kl, prior", {prior: DOUBLE}, TypeError, said
@@ -235,7 +245,11 @@ def test_every_implementation_says_the_same(name, spoilt, exception, said):
 @needs_no_interpreter
 @pytest.mark.parametrize(
     ("name", "spoilt", "exception", "said"),
-    [case for case in REFUSED if "sparse" not in case[3] and "quint8" not in case[3]][::12],
+    [
+        case
+        for case in REFUSED
+        if not any(word in case[3] for word in ("sparse", "quint8", "there is no device"))
+    ][::12],
 )
 def test_and_so_does_compiled_code(name, spoilt, exception, said):
     """Of every twelfth; those that the compiler can be given at all."""
