@@ -117,7 +117,7 @@ class Course:
         self.result: Evaluation | None = None
         self.evaluated = -1
         """The step that `result` is of."""
-        self.minded = self.warned = self.told = False
+        self.minded = self.warned = self.told = self.doubted = False
         self.seconds_of_step = self.slowest_step = 0.0
         """Of this process, and the longest of all when they last asked one another."""
         self.asked = counters.step
@@ -254,6 +254,7 @@ class Course:
                 with self.clock.paused():
                     self.result = self.evaluator(until=lambda: bool(self.interrupt.noted))
                 self.evaluated = done
+                self._doubt(self.result)
             except BrokenOff:
                 return
         stream = updates.feed.stream
@@ -267,6 +268,15 @@ class Course:
         self.images = 0
         self.said = True
         self._write_lines(1 if self._lines_may_wait() and not is_evaluated else 0)
+
+    def _doubt(self, result: Evaluation) -> None:
+        """Say it once if an evaluation is no number."""
+        if not math.isfinite(result.elbo) and not self.doubted:
+            self.doubted = True
+            self.log.say(
+                f"warning: the bound on held-out images is {result.elbo}, which the log and the "
+                "results hold as null: an image, a weight or a running mean gives no finite value"
+            )
 
     def _lines_may_wait(self) -> bool:
         """Whether a line may be written when the next is due, so that a GPU has work while the host
@@ -328,14 +338,15 @@ class Course:
             state["compiled"] = updates.compiled
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
-            is_measured = self.result is not None and self.evaluated == updates.done and self.said
+            is_measured = self.evaluated == updates.done and self.said
+            heldout = self.result.elbo if self.result and is_measured else math.nan
             self.saver.save(
                 Snapshot.of(
                     model=self.final_model,
                     trained=updates.model,
                     optimizer=updates.bare_optimizer,
                     state={**state, **self.facts},
-                    heldout=self.result.elbo if self.result and is_measured else None,
+                    heldout=heldout if math.isfinite(heldout) else None,
                 )
             )
 

@@ -1,11 +1,17 @@
 """A step that is skipped leaves nothing behind, in a network's buffers neither."""
 
+import json
+from pathlib import Path
+
 import preset_steps
 import pytest
 import torch
 from preset_steps import updates_of
+from running import results, train
 from torch import Tensor, nn
 
+from fastvae.checkpoints import best_of
+from fastvae.evaluation import Evaluator
 from fastvae.training.buffers import values_in_python
 
 
@@ -89,3 +95,17 @@ def test_values_in_python_by_name() -> None:
     assert found["0.calls"] == 4
     assert found["0.in_features"] == 2
     assert "0.kept" not in found
+
+
+def test_a_bound_that_is_no_number_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is null in what is written, which is JSON, and no checkpoint is the best by it."""
+    monkeypatch.setattr(Evaluator, "_sums", lambda self, *_: torch.full((2,), torch.nan).double())
+    run = train(output=tmp_path / "run")
+    told = [line for line in capsys.readouterr().err.splitlines() if "is nan" in line]
+    assert len(told) == 1
+    for text in [(run / "results.json").read_text(), *(run / "metrics.jsonl").open()]:
+        json.loads(text, parse_constant=pytest.fail)
+    assert results(run)["heldout"]["elbo"] is None
+    assert best_of(run) is None
