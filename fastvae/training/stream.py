@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class Stream:
             num_workers=self.workers,
             prefetch_factor=BATCHES_AHEAD,
             pin_memory=self.pinned,
-            worker_init_fn=None if self.pinned else _stand_back,
+            worker_init_fn=_begin_quietly if self.pinned else _stand_back,
             # What reads the images cannot be sent to a process that is started afresh.
             multiprocessing_context=multiprocessing.get_context("fork"),
         )
@@ -72,9 +73,16 @@ class Stream:
         return decoded.found
 
 
+def _begin_quietly(worker: int) -> None:
+    """A thread hands over a batch's memory, and has nothing to tell if training ends then. What
+    goes wrong in decoding is told otherwise."""
+    sys.excepthook = lambda *_: None
+
+
 def _stand_back(worker: int) -> None:
     """Decode while the step waits, where it computes on the same cores: its threads wait for one
     another, so that whoever takes the time of one takes that of all."""
+    _begin_quietly(worker)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 

@@ -192,6 +192,39 @@ def test_a_limit_of_recompilations_is_no_end() -> None:
     assert "change from call to call" in function.problem
 
 
+@pytest.mark.parametrize("times", [1, 1000])
+def test_what_cannot_be_loaded_is_deleted(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder of compiled code alone, and not for ever."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    broken = tmp_path / "inductor/ab/cabcd.main.so"
+    elsewhere, beside = tmp_path / "other.so", broken.with_name("cabce.main.so")
+    parts = [broken, broken.with_name("cabcd.main.o"), broken.with_name("cabcd.kernel.o")]
+    broken.parent.mkdir(parents=True)
+    for file in (*parts, elsewhere, beside):
+        file.touch()
+    function = Compiled(lambda x: x + 1, required=False)
+    calls = 0
+
+    def loads(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > times:
+            return x + 1
+        broken.touch()
+        words = f"ImportError: {broken}: file too short, {elsewhere}: file too short"
+        raise torch._dynamo.exc.TorchRuntimeError(words)
+
+    function.compiled = loads
+    assert torch.equal(function(torch.zeros(2)), torch.ones(2))
+    assert bool(function.problem) is (times > 1)
+    assert calls == (2 if times == 1 else 21)
+    assert elsewhere.exists() and beside.exists()
+    assert not any(file.exists() for file in parts[1:])
+
+
+@pytest.mark.slow
 def test_code_that_was_left_broken_is_made_again(tmp_path: Path) -> None:
     """As a process leaves it that is killed while it links."""
     program = """

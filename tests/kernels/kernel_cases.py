@@ -153,7 +153,7 @@ def far_apart(impl: str, device: str, dtype: torch.dtype) -> Tensor:
 
 # Of each test's cases in the interpreter the fast tests take one in so many: a number that divides
 # no list of dtypes, sizes or layouts, so that the cases taken go through all of them.
-ONE_IN = 7
+ONE_IN = 13
 
 
 def is_interpreted(parameters: Mapping[str, Any]) -> bool:

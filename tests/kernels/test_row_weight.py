@@ -290,8 +290,8 @@ def test_a_cuda_graph_decides_anew_at_each_replay(likelihood):
         ("1", TypeError, "row_weight must be a float, got str"),
         (True, TypeError, "row_weight must be a float, got bool"),
         (torch.tensor(1.0), TypeError, "row_weight must be a float, got Tensor"),
-        (float("nan"), ValueError, "row_weight must be finite, got nan"),
-        (float("inf"), ValueError, "row_weight must be finite, got inf"),
+        (float("nan"), ValueError, "row_weight must be finite as a float32, got nan"),
+        (float("inf"), ValueError, "row_weight must be finite as a float32, got inf"),
     ],
 )
 @pytest.mark.parametrize("function", [bernoulli_nll, partial(gaussian_nll, logvar=0.0)])
