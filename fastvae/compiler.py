@@ -3,8 +3,11 @@
 import os
 import re
 import shutil
+import struct
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
@@ -72,6 +75,7 @@ class Compiled:
         from torch._functorch import config  # not there before something is compiled
 
         config.force_non_lazy_backward_lowering = True
+        _remove_relics(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
         self.function, self.required = function, required
         self.compiled = torch.compile(_of_its_own(function), fullgraph=True, dynamic=False)
         self.calls = self.repairs = 0
@@ -105,9 +109,29 @@ def _is_of_the_compiler(error: Exception) -> bool:
     return type(error).__module__.startswith(modules) or str(error).startswith(_RECOMPILED)
 
 
+@cache
+def _remove_relics(folder: str) -> None:
+    """Delete libraries without their end, as a process leaves them that is killed while it links.
+    PyTorch tries to load them for ever after, or takes one for a sign that this processor has no
+    vector instructions. Those of the last minute may be being linked."""
+    for file in Path(folder).glob("*/*.so") if folder else ():
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > 60 and not _has_its_end(file):
+                file.unlink()
+
+
+def _has_its_end(library: Path) -> bool:
+    """Whether an ELF file is as long as its header says: the table of sections is the last part."""
+    with library.open("rb") as content:
+        header = content.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    begin, size, count = struct.unpack("<40xQ10xHH2x", header)
+    return library.stat().st_size >= begin + size * count
+
+
 def _broken_libraries_removed(error: Exception) -> bool:
-    """Delete compiled code that cannot be loaded: a process that is killed while it links leaves a
-    library which PyTorch would try to load for ever after. Whether any was deleted."""
+    """The same at once for those that an error of the loader names. Whether any was deleted."""
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     if not folder or ("ImportError" not in str(error) and "OSError" not in str(error)):
         return False

@@ -12,8 +12,9 @@ import preset_steps
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
 
-from fastvae.compiler import Compiled
+from fastvae.compiler import Compiled, _remove_relics
 from fastvae.errors import UserError
 from fastvae.training import replay
 from fastvae.training.updates import Updates
@@ -224,12 +225,30 @@ def test_what_cannot_be_loaded_is_deleted(
     assert not any(file.exists() for file in parts[1:])
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.99, 1.0])
+def test_libraries_without_their_end_are_deleted(kept: float, tmp_path: Path) -> None:
+    (tmp_path / "one.c").write_text("int one() { return 1; }")
+    made = ["-shared", "-fPIC", str(tmp_path / "one.c"), "-o", str(tmp_path / "one.so")]
+    subprocess.run([get_cpp_compiler(), *made], check=True)
+    whole = (tmp_path / "one.so").read_bytes()
+    old, fresh = tmp_path / "ab/old.so", tmp_path / "ab/fresh.so"
+    old.parent.mkdir()
+    for file in (old, fresh):
+        file.write_bytes(whole[: int(kept * len(whole))])
+    os.utime(old, (0, 0))
+    _remove_relics(str(tmp_path))
+    assert old.exists() is (kept == 1.0)
+    assert fresh.exists()
+
+
 @pytest.mark.slow
-def test_code_that_was_left_broken_is_made_again(tmp_path: Path) -> None:
-    """As a process leaves it that is killed while it links."""
+@pytest.mark.parametrize("old", [True, False])
+def test_code_that_was_left_broken_is_made_again(old: bool, tmp_path: Path) -> None:
+    """As a process leaves it that is killed while it links, long ago or just now. Old ones may be
+    those by which PyTorch tells what the processor can."""
     program = """
-import sys, torch
-from fastvae.compiler import Compiled
+import torch
+from fastvae.compiler import Compiled, _remove_relics
 function = Compiled(lambda x: (x.sin() + 1).sum(), required=True)
 torch.testing.assert_close(function(torch.ones(100)), (torch.ones(100).sin() + 1).sum())
 """
@@ -245,9 +264,11 @@ torch.testing.assert_close(function(torch.ones(100)), (torch.ones(100).sin() + 1
         assert done.returncode == 0, done.stderr
 
     run()
-    libraries = list(cache.rglob("*.so"))
+    libraries = list(cache.rglob("*.so" if old else "*.main.so"))
     assert libraries
     for library in libraries:
         library.write_bytes(b"")
+        if old:
+            os.utime(library, (0, 0))
     run()
-    assert any(library.stat().st_size for library in libraries)
+    assert all(library.stat().st_size for library in libraries if library.exists())
