@@ -18,18 +18,22 @@ class Buffers:
 
     def keep(self) -> None:
         """Before a step: of all buffers in the first steps, then of those that had changed."""
-        watched = self.changing if self.steps >= STEPS_THAT_SHOW else list(self.module.buffers())
-        self.watched, self.before = watched, [x.clone() for x in watched]
+        shown = self.steps >= STEPS_THAT_SHOW
+        self.watched = self.changing if shown else list(self.module.buffers())
+        self.before = [x.clone() for x in self.watched]
+        self.versions = [x._version for x in self.watched]
 
     @torch.no_grad()
     def restore(self, bad: Tensor) -> None:
         """After it: as they were, where `bad` (0-d) is not 0."""
-        pairs = list(zip(self.watched, self.before, strict=True))
         if self.steps < STEPS_THAT_SHOW:
             self.steps += 1
             known = {id(x) for x in self.changing}
-            self.changing += [x for x, y in pairs if id(x) not in known and not torch.equal(x, y)]
-        for x, before in pairs:
+            for x, before, version in zip(self.watched, self.before, self.versions, strict=True):
+                # PyTorch's own running means are written without a new version.
+                if id(x) not in known and (x._version != version or not torch.equal(x, before)):
+                    self.changing.append(x)
+        for x, before in zip(self.watched, self.before, strict=True):
             x.copy_(torch.where(bad.bool(), before, x))
 
 
