@@ -350,3 +350,19 @@ def test_the_report_of_steps() -> None:
     assert "| 1.23 |" in page and "| fastvae: 16 | compiled 1.3× |" in page
     assert "10,000 steps/s at batch 20" in page
     assert "- pythae: pythae is not installed" in page
+
+
+@pytest.mark.slow
+def test_launches_are_counted() -> None:
+    """The figures of docs/speed.md, of which a step is to have no more."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench/launches.py"), "mnist-mlp"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if "mnist-mlp" in line]
+    counts = {row[2].strip(): int(row[3]) for row in rows}
+    assert counts.keys() == {"eager", "compiled"}
+    assert 20 < counts["compiled"] <= 40 < counts["eager"] <= 73
