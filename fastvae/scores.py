@@ -22,8 +22,8 @@ BLOCK = 50
 # More images at once gain nothing; on a CPU, nor do more than about its cache holds.
 MOST_ROWS = 2000
 CPU_BYTES = 64 * 2**20
-# Decoded images from which compilation pays for its ten seconds or more. A GPU's figure is owed a
-# measurement: a small decoder there takes some 50 ns an image, of which compilation saves a part.
+# Decoded images from which compilation pays for its ten seconds or more. A GPU's figure is
+# arithmetic and owed a measurement: 50 ns an image for a small decoder, of which a part is saved.
 WORTH_COMPILING = {"cpu": 5_000_000, "cuda": 500_000_000}
 
 

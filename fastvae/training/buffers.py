@@ -1,4 +1,4 @@
-"""What a model keeps besides its parameters, for steps that are to leave nothing behind."""
+"""What a step changes in a model besides its parameters: buffers, and values kept in Python."""
 
 import torch
 from torch import Tensor, nn
