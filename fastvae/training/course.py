@@ -117,7 +117,6 @@ class Course:
         self.result: Evaluation | None = None
         self.evaluated = -1
         """The step that `result` is of."""
-        self.minded = self.warned = self.told = self.doubted = False
         self.seconds_of_step = self.slowest_step = 0.0
         """Of this process, and the longest of all when they last asked one another."""
         self.asked = counters.step
@@ -182,15 +181,14 @@ class Course:
         updates.advance(steps, lambda: alone and self._has_reason_to_halt())
         taken = updates.done - before
         self.images += taken * self.config.batch_size
-        if updates.replay and updates.replay.problem and not self.warned:
-            self.warned = True
-            self.log.say(
+        if updates.replay and updates.replay.problem:
+            self.log.say_once(
+                "replay",
                 "steps are launched one operation at a time, not replayed as a CUDA graph: "
-                f"{updates.replay.problem}"
+                f"{updates.replay.problem}",
             )
-        if updates.compile_problem and not self.told:
-            self.told = True
-            self.log.say(f"not compiled: {updates.compile_problem}")
+        if updates.compile_problem:
+            self.log.say_once("compilation", f"not compiled: {updates.compile_problem}")
         if taken:
             self.said = not self.plan.is_line_due(updates.done, self.config)
         if clock.first_step_seconds is None:
@@ -271,11 +269,11 @@ class Course:
 
     def _doubt(self, result: Evaluation) -> None:
         """Say it once if an evaluation is no number."""
-        if not math.isfinite(result.elbo) and not self.doubted:
-            self.doubted = True
-            self.log.say(
+        if not math.isfinite(result.elbo):
+            self.log.say_once(
+                "evaluation",
                 f"warning: the bound on held-out images is {result.elbo}, which the log and the "
-                "results hold as null: an image, a weight or a running mean gives no finite value"
+                "results hold as null: an image, a weight or a running mean gives no finite value",
             )
 
     def _lines_may_wait(self) -> bool:
@@ -310,15 +308,15 @@ class Course:
     def _mind_the_stream(self, line: Line) -> None:
         """Say it once if steps wait for images more than a tenth of the time."""
         stream, seconds = self.updates.feed.stream, line.window.seconds()
-        if stream is None or self.minded or not line.window.images:
+        if stream is None or not line.window.images:
             return
         if line.waited > 0.1 * seconds:
-            self.minded = True
-            self.log.say(
+            self.log.say_once(
+                "stream",
                 f"reading is the bound: {stream.workers} processes decode "
                 f"{line.window.images / seconds:.0f} images/s, for which steps wait "
                 f"{100 * line.waited / seconds:.0f}% of the time; more --data-workers help where "
-                "there are cores, smaller image files everywhere"
+                "there are cores, smaller image files everywhere",
             )
 
     def _keep(self) -> None:

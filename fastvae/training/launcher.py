@@ -1,9 +1,20 @@
-"""What a launcher asks for by the environment: obeyed, or refused before anything is read."""
+"""What a launcher asks for by the environment: obeyed, or refused before anything is read; and this
+process among those that it started."""
 
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
+
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from fastvae.config import Config
 from fastvae.errors import UserError
@@ -44,6 +55,48 @@ def obeyed(config: Config, environment: Mapping[str, str] = os.environ) -> Confi
     return _accumulating(config, environment.get(_ACCUMULATION, ""))
 
 
+def make_accelerator(config: Config, patience: timedelta) -> Accelerator:
+    """This process among the launched ones, which wait for one another for so long.
+
+    Raises UserError for what the launcher or the flags ask for and is not here.
+    """
+    if config.tracker != "none" and find_spec(config.tracker) is None:
+        raise UserError(
+            f"--tracker {config.tracker} is not installed: pip install 'fastvae[{config.tracker}]'"
+        )
+    # PyTorch's optimizers import its compiler. If the processes' group is there by then, functions
+    # keep it as a default argument, and its threads outlive the run.
+    import_module("torch._dynamo")
+    computing_in = precision(config)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=computing_in,
+            # As a plugin: a number would give way to what the launcher's environment says.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps
+            ),
+            log_with=None if config.tracker == "none" else config.tracker,
+            # The trackers' folder is the run's, which is made once all else is known to be right.
+            project_config=ProjectConfiguration(project_dir=".", logging_dir="."),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+                InitProcessGroupKwargs(timeout=patience),
+            ],
+        )
+    except (ValueError, RuntimeError) as error:
+        told = str(error).splitlines()[0]
+        if named := _named_in(error):
+            raise UserError(f"Accelerate cannot begin with {named}: {told}") from error
+        if isinstance(error, ValueError):
+            raise UserError(f"mixed precision {computing_in}: {told}") from error
+        raise
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
+    return accelerator
+
+
 def precision(config: Config, environment: Mapping[str, str] = os.environ) -> str:
     """What to compute in: "no", "bf16" or "fp16". Raises UserError for anything else that the
     launcher asks for where the flag leaves it to the launcher ("auto")."""
@@ -58,7 +111,7 @@ def precision(config: Config, environment: Mapping[str, str] = os.environ) -> st
     return asked.lower()
 
 
-def named_in(error: Exception, environment: Mapping[str, str] = os.environ) -> str:
+def _named_in(error: Exception, environment: Mapping[str, str] = os.environ) -> str:
     """Which of the launcher's variables, with their values, an error of Accelerate's is about; or
     nothing."""
     about = (

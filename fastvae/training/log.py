@@ -42,6 +42,7 @@ class RunLog:
         self.bound = bound
         self.heldout = ""
         self.say_again = 0.0
+        self.subjects: set[str] = set()
         if self.main:
             _drop_lines_after(run / METRICS, last_line)
             self.lines = (run / METRICS).open("a")
@@ -66,6 +67,12 @@ class RunLog:
         """A line for the person watching, above the bar."""
         if self.main:
             tqdm.write(text, file=sys.stderr)
+
+    def say_once(self, subject: str, text: str) -> None:
+        """The same, for the first time that it is about `subject`."""
+        if subject not in self.subjects:
+            self.subjects.add(subject)
+            self.say(text)
 
     def close(self) -> None:
         """Leave the terminal and the files tidy."""

@@ -6,18 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-)
+from accelerate import Accelerator
 
 from fastvae import checkpoints, runs
 from fastvae.build import build_model, build_objective
@@ -41,7 +34,7 @@ from fastvae.training.course import Counters, Course
 from fastvae.training.ema import EMA
 from fastvae.training.feed import Feed
 from fastvae.training.interrupt import Interrupt
-from fastvae.training.launcher import named_in, obeyed, precision
+from fastvae.training.launcher import make_accelerator, obeyed
 from fastvae.training.log import RunLog
 from fastvae.training.muon import Muon, layer_weights
 from fastvae.training.plan import Plan
@@ -88,7 +81,7 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
 
     # The processes, and what each takes of a batch.
     asked, config = config, obeyed(config)
-    accelerator = _make_accelerator(config)
+    accelerator = make_accelerator(config, PATIENCE)
     device = accelerator.device
     if device.type == "cuda":  # on the default stream nothing can be captured
         torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -253,44 +246,6 @@ def _out_of_memory(config: Config, said: str, go_on: str) -> str:
         "result, or take --mixed-precision bf16, a smaller --batch-size or a smaller model; "
         f"{go_on} ({(said or 'no memory').splitlines()[0]})"
     )
-
-
-def _make_accelerator(config: Config) -> Accelerator:
-    if config.tracker != "none" and find_spec(config.tracker) is None:
-        raise UserError(
-            f"--tracker {config.tracker} is not installed: pip install 'fastvae[{config.tracker}]'"
-        )
-    # PyTorch's optimizers import its compiler. If the processes' group is there by then, functions
-    # keep it as a default argument, and its threads outlive the run.
-    import_module("torch._dynamo")
-    computing_in = precision(config)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=computing_in,
-            # As a plugin: a number would give way to what the launcher's environment says.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps
-            ),
-            log_with=None if config.tracker == "none" else config.tracker,
-            # The trackers' folder is the run's, which is made once all else is known to be right.
-            project_config=ProjectConfiguration(project_dir=".", logging_dir="."),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, gradient_as_bucket_view=True
-                ),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
-    except (ValueError, RuntimeError) as error:
-        told = str(error).splitlines()[0]
-        if named := named_in(error):
-            raise UserError(f"Accelerate cannot begin with {named}: {told}") from error
-        if isinstance(error, ValueError):
-            raise UserError(f"mixed precision {computing_in}: {told}") from error
-        raise
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("mixed precision fp16 needs a GPU; on a CPU use bf16 or no")
-    return accelerator
 
 
 def _decide_to_compile(
