@@ -171,7 +171,7 @@ def test_the_real_command_refuses_likewise(chosen: list[str], tmp_path: Path) ->
 def test_a_tracker_that_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fastvae.training.loop.find_spec", lambda name: None)
+    monkeypatch.setattr("fastvae.training.launcher.find_spec", lambda name: None)
     status, text = ends(["train", "--tracker", "wandb", "--output", str(tmp_path / "x")], capsys)
     assert status == 2
     assert "pip install 'fastvae[wandb]'" in text
