@@ -40,6 +40,7 @@ from fastvae.training.muon import Muon, layer_weights
 from fastvae.training.plan import Plan
 from fastvae.training.replay import MOST_STEPS_PER_LAUNCH
 from fastvae.training.step import TrainingStep
+from fastvae.training.threads import take_one_thread_for_short_steps, threads_as_before
 from fastvae.training.together import Together, is_loss_of_another
 from fastvae.training.updates import Updates
 
@@ -71,7 +72,7 @@ def train(
     Raises UserError for whatever the user can mend, before any work where that is possible, and
     Stopped where SIGTERM or SIGINT ended the run early, with a checkpoint.
     """
-    with _mendable(config, "nothing was written: start it again"):
+    with _mendable(config, "nothing was written: start it again"), threads_as_before():
         return _train(config, name, resume, Clock(launched))
 
 
@@ -139,7 +140,14 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
 
     # The steps: compiled, distributed, replayed.
     step_module = TrainingStep(model, objective, config.seed, config.data.flip).to(device)
-    compiled, remark = _decide_to_compile(config, step_module, feed, accelerator, plan, kept)
+    flops = 0.0
+    if device.type == "cpu" or config.compile == "auto":  # a trial on a GPU compiles kernels
+        flops = _flops_of_step(config, step_module, feed, accelerator.num_processes)
+    if device.type == "cpu":
+        take_one_thread_for_short_steps(flops)
+    compiled, remark = _decide_to_compile(
+        config, objective, accelerator, plan.steps, flops, kept.get("compiled")
+    )
     updates = Updates(
         model,
         step_module,
@@ -248,26 +256,28 @@ def _out_of_memory(config: Config, said: str, go_on: str) -> str:
     )
 
 
+def _flops_of_step(config: Config, step: TrainingStep, feed: Feed, processes: int) -> float:
+    """Floating-point operations of one step in this process."""
+    share = config.batch_size / processes
+    rows = max(1, int(share / config.gradient_accumulation_steps))
+    return training_flops(step, feed.copied_batch(0, rows)) * share / rows
+
+
 def _decide_to_compile(
     config: Config,
-    step: TrainingStep,
-    feed: Feed,
+    objective: Objective,
     accelerator: Accelerator,
-    plan: Plan,
-    kept: dict[str, Any],
+    steps: int,
+    flops: float,
+    was_compiled: bool | None,
 ) -> tuple[bool, str]:
     """As the run did before, if it is resumed: code that is compiled rounds otherwise."""
     keep_compiled_code()
-    if step.objective.couples_rows and accelerator.num_processes > 1:
+    if objective.couples_rows and accelerator.num_processes > 1:
         return False, "not compiled: the objective gathers the batch from all processes"
-    if config.compile == "auto" and "compiled" in kept:
-        config = replace(config, compile="on" if kept["compiled"] else "off")
-    flops = 0.0
-    if config.compile == "auto" and not config.model.refine_steps:
-        share = config.batch_size / accelerator.num_processes
-        rows = max(1, int(share / config.gradient_accumulation_steps))
-        flops = training_flops(step, feed.copied_batch(0, rows)) * share / rows
-    return should_compile(config, plan.steps, flops, accelerator.device)
+    if config.compile == "auto" and was_compiled is not None:
+        config = replace(config, compile="on" if was_compiled else "off")
+    return should_compile(config, steps, flops, accelerator.device)
 
 
 def _settings(config: Config) -> dict[str, Any]:
