@@ -29,14 +29,15 @@ from record import write_results
 from settings import ROOT
 
 OURS, OURS_BESIDE = "fastvae's own", "fastvae's own, started beside others"
+ALL = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 SETTINGS: dict[str, dict[str, str]] = {
     OURS: {},
     OURS_BESIDE: {},
-    "GNU OpenMP's own": {"GOMP_SPINCOUNT": "300000"},
-    "60,000 turns": {"GOMP_SPINCOUNT": "60000"},
-    "20,000 turns": {"GOMP_SPINCOUNT": "20000"},
-    "2,000 turns": {"GOMP_SPINCOUNT": "2000"},
-    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "GNU OpenMP's own": {"GOMP_SPINCOUNT": "300000", **ALL},
+    "60,000 turns": {"GOMP_SPINCOUNT": "60000", **ALL},
+    "20,000 turns": {"GOMP_SPINCOUNT": "20000", **ALL},
+    "2,000 turns": {"GOMP_SPINCOUNT": "2000", **ALL},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE", **ALL},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 SAID = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
