@@ -35,7 +35,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     OURS_BESIDE: {},
     "GNU OpenMP's own": {"GOMP_SPINCOUNT": "300000", **ALL},
     "60,000 turns": {"GOMP_SPINCOUNT": "60000", **ALL},
-    "20,000 turns": {"GOMP_SPINCOUNT": "20000", **ALL},
     "2,000 turns": {"GOMP_SPINCOUNT": "2000", **ALL},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE", **ALL},
     "one thread": {"OMP_NUM_THREADS": "1"},

@@ -7,10 +7,11 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 # GNU OpenMP's own 300,000 turns outlast the Python between two operations, which every thread but
-# one then spends at full load. 2,000 put threads to sleep that are needed again at once; but beside
-# other programs, which push threads aside, those that wait for them must not hold the cores on
-# which they could go on.
-TURNS, TURNS_BESIDE_OTHERS = 60_000, 2_000
+# one then spends at full load. With much fewer, threads sleep that are needed again at once.
+ALONE = {"GOMP_SPINCOUNT": "60000"}
+# Other programs push threads aside; those that wait for them must not hold the cores on which they
+# could go on.
+BESIDE_OTHERS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 _NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _LOOKS, _SECONDS_BETWEEN_LOOKS = 5, 0.004
@@ -19,14 +20,13 @@ _held: dict[str, str] = {}
 
 
 def let_waiting_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have GNU OpenMP's threads sleep after a short wait, and after a shorter one where other
-    programs need the cores now, unless the user has said how they wait. It changes no result.
+    """Have GNU OpenMP's threads sleep after a short wait, and at once where other programs need the
+    cores now, unless the user has said how they wait. It changes no result.
 
     Without effect once PyTorch is loaded, which reads the environment then.
     """
     if not any(name in environment for name in _NAMES) and "torch" not in sys.modules:
-        turns = TURNS_BESIDE_OTHERS if others_need_our_cores() else TURNS
-        environment["GOMP_SPINCOUNT"] = str(turns)
+        environment.update(BESIDE_OTHERS if others_need_our_cores() else ALONE)
     _held.update({name: environment[name] for name in _NAMES if name in environment})
 
 

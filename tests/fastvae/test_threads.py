@@ -13,13 +13,13 @@ import torch
 from conftest import Trained
 from running import results, train
 
-from fastvae.threads import TURNS, TURNS_BESIDE_OTHERS, others_need_our_cores, waiting
+from fastvae.threads import ALONE, BESIDE_OTHERS, others_need_our_cores, waiting
 from fastvae.training import threads
 
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
-EITHER = tuple({"GOMP_SPINCOUNT": str(turns)} for turns in (TURNS, TURNS_BESIDE_OTHERS))
+EITHER = (ALONE, BESIDE_OTHERS)
 
 
 def said_at_import(**said: str) -> str:
@@ -74,7 +74,7 @@ def test_before_pytorch_is_loaded() -> None:
 @pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="the load is in Linux's /proc")
 def test_beside_programs_that_need_the_cores() -> None:
     with busy_cores():
-        assert said_at_import() == str({"GOMP_SPINCOUNT": str(TURNS_BESIDE_OTHERS)})
+        assert said_at_import() == str(BESIDE_OTHERS)
 
 
 @pytest.mark.parametrize(
