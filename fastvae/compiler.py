@@ -17,6 +17,7 @@ import torch
 from fastvae_kernels.cpu.build import cache_folder
 from torch import nn
 
+from fastvae import source
 from fastvae.errors import UserError
 
 CALLS_THAT_SHOW = 3
@@ -24,13 +25,15 @@ CALLS_THAT_SHOW = 3
 # A graph is a handful of libraries. What is broken again each time is no relic: a disk is full.
 MOST_REPAIRS = 20
 
+_USERS_TAG = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
 _RECOMPILED = "Detected recompile"  # of the RuntimeError under the stance "fail_on_recompile"
 
 
 def keep_compiled_code() -> None:
     """Let Inductor keep its code where the next process, or the one after a restart, finds it.
 
-    Its own default is the system's folder of temporary files. $TORCHINDUCTOR_CACHE_DIR goes first.
+    Its own default is the system's folder of temporary files, which PyTorch settles on when first
+    asked. $TORCHINDUCTOR_CACHE_DIR goes first.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
@@ -75,6 +78,10 @@ class Compiled:
         from torch._functorch import config  # not there before something is compiled
 
         config.force_non_lazy_backward_lowering = True
+        # The next process finds the derivatives too. PyTorch knows operators by their names alone,
+        # so that what is kept is said to be of this source.
+        config.autograd_cache_allow_custom_autograd_functions = True
+        torch.compiler.config.cache_key_tag = _USERS_TAG + source.fingerprint()
         _remove_relics(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
         self.function, self.required = function, required
         self.compiled = torch.compile(_of_its_own(function), fullgraph=True, dynamic=False)

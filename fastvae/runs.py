@@ -1,7 +1,6 @@
 """A run's folder: where things lie in it, and how they come back."""
 
 import contextlib
-import hashlib
 import json
 import platform
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import fastvae_kernels
 import torch
 
-import fastvae
 from fastvae import noise
 from fastvae.config import Config, from_json
 from fastvae.data import DataConfig, ImageSet
@@ -139,15 +137,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def code() -> str:
-    """A fingerprint of the source of this package and of its kernels, as installed here."""
-    digest = hashlib.sha256()
-    for package in (fastvae, fastvae_kernels):
-        for file in sorted(Path(package.__path__[0]).rglob("*.py")):
-            digest.update(f"{file.name}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from fastvae import checkpoints, runs
+from fastvae import checkpoints, runs, source
 from fastvae.build import build_model, build_objective
 from fastvae.combinations import why_unread
 from fastvae.compiler import keep_compiled_code, require_compiler
@@ -80,6 +80,8 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
     if resume is None and (reason := why_unread(config)):
         raise UserError(reason)
 
+    keep_compiled_code()  # Accelerate loads what settles on a folder
+
     # The processes, and what each takes of a batch.
     asked, config = config, obeyed(config)
     accelerator = make_accelerator(config, PATIENCE)
@@ -90,7 +92,7 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
     if config.compile == "on":
         require_compiler(device)
     together = Together(accelerator, PATIENCE)
-    together.require_equal({**_settings(config), **runs.versions(), "code": runs.code()})
+    together.require_equal({**_settings(config), **runs.versions(), "code": source.fingerprint()})
     _check_batch(config, accelerator.num_processes)
     together.on_main(lambda: _check_folder(config, resume))
 
@@ -272,7 +274,6 @@ def _decide_to_compile(
     was_compiled: bool | None,
 ) -> tuple[bool, str]:
     """As the run did before, if it is resumed: code that is compiled rounds otherwise."""
-    keep_compiled_code()
     if objective.couples_rows and accelerator.num_processes > 1:
         return False, "not compiled: the objective gathers the batch from all processes"
     if config.compile == "auto" and was_compiled is not None:

@@ -63,6 +63,30 @@ def test_compiled_training_agrees(trained: Trained, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", ["elbo", "importance-weighted"])
+def test_the_next_process_finds_what_was_compiled(objective: str, tmp_path: Path) -> None:
+    """The derivatives as well, in fastvae's own folder; and none that other source has made."""
+    program = (
+        "import os, sys; del os.environ['TORCHINDUCTOR_CACHE_DIR']; import fastvae.source; "
+        "fastvae.source.fingerprint = (lambda: sys.argv[1]) if sys.argv[1] else "
+        "fastvae.source.fingerprint; from fastvae.cli import main; main(sys.argv[2:]); "
+        "from torch._dynamo.utils import counters; found = counters['aot_autograd']; "
+        "print([found[f'autograd_cache_{what}'] for what in ('hit', 'miss', 'bypass')])"
+    )
+    flags = [flag for flag in TINY if flag not in ("--compile", "off")] + ["--objective", objective]
+    cache = tmp_path / "cache"
+    for number, (source, expected) in enumerate(
+        [("", "[0, 1, 0]"), ("", "[1, 0, 0]"), ("other", "[0, 1, 0]")]
+    ):
+        arguments = [sys.executable, "-c", program, source, "train", *flags, "--compile", "on"]
+        arguments += ["--max-steps", "2", "--output", f"run{number}"]
+        process = run_process(arguments, tmp_path, FASTVAE_CACHE_DIR=str(cache))
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.splitlines()[-1] == expected
+    assert list((cache / "inductor").rglob("*.so"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["auto", "on"])
 def test_without_a_compiler(choice: str, tmp_path: Path) -> None:
     """Nothing is on the path, and what CXX names is not there."""

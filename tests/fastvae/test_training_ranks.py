@@ -352,7 +352,8 @@ CHANGES = {
         ["objective.beta: 1.0 on process 0, 2.0 on process 1"],
     ),
     "code": (
-        "from fastvae import runs\nif os.environ['RANK'] == '1': runs.code = lambda: '0123'",
+        "from fastvae import source\n"
+        "if os.environ['RANK'] == '1': source.fingerprint = lambda: '0123'",
         ["code: ", "'0123' on process 1"],
     ),
     "versions": (
