@@ -76,7 +76,16 @@ class Training:
         self.case, self.run = case, Path(tempfile.mkdtemp(dir=folder)) / "run"
         command = [sys.executable, "-m", "fastvae.cli", "train", "--preset", case.preset]
         command += ["--compile", "on" if case.compiled else "off", "--max-steps", "100000000"]
-        command += ["--eval-every", "1e9", "--checkpoint-every", "1e9", "--heldout-limit", "100"]
+        command += [
+            "--epochs",
+            "1e9",
+            "--eval-every",
+            "1e9",
+            "--checkpoint-every",
+            "1e9",
+            "--heldout-limit",
+            "100",
+        ]
         command += ["--log-every", str(case.log_every), "--output", str(self.run)]
         if data_dir is not None:
             command += ["--data-dir", str(data_dir)]
@@ -113,6 +122,8 @@ class Training:
         before, begin = self.steps(), time.monotonic()
         self.process.send_signal(signal.SIGCONT)
         time.sleep(seconds)
+        if self.process.poll() is not None:
+            raise RuntimeError(f"{self.case} has ended: {self.errors.read_text()[-1000:]}")
         self.process.send_signal(signal.SIGSTOP)
         return (self.steps() - before) / (time.monotonic() - begin)
 

@@ -142,14 +142,14 @@ def _train(config: Config, name: str, resume: Path | None, clock: Clock) -> Path
 
     # The steps: compiled, distributed, replayed.
     step_module = TrainingStep(model, objective, config.seed, config.data.flip).to(device)
-    flops = 0.0
-    if device.type == "cpu" or config.compile == "auto":  # a trial on a GPU compiles kernels
+    flops = 0.0  # nobody asks
+    if config.compile != "on":
         flops = _flops_of_step(config, step_module, feed, accelerator.num_processes)
-    if device.type == "cpu":
-        take_one_thread_for_short_steps(flops)
     compiled, remark = _decide_to_compile(
         config, objective, accelerator, plan.steps, flops, kept.get("compiled")
     )
+    if device.type == "cpu" and not compiled:
+        take_one_thread_for_short_steps(flops)
     updates = Updates(
         model,
         step_module,

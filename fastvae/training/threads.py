@@ -6,16 +6,16 @@ from contextlib import contextmanager
 
 import torch
 
-# A step of fewer floating-point operations gains little by a second thread, and beside other
-# programs loses most of its speed to the wait for one that they have pushed aside. A constant, so
-# that the same run is always rounded alike.
+# An eager step of fewer floating-point operations gains next to nothing by a second thread, and
+# beside other programs loses most of its speed to the wait for one that they have pushed aside. A
+# constant, so that the same run is always rounded alike.
 FLOPS_WORTH_THREADS = 2e8
 
 _NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def take_one_thread_for_short_steps(flops: float) -> None:
-    """`flops`: of the matrix products and convolutions of one step. PyTorch's number of threads
+    """`flops`: of the matrix products and convolutions of one eager step. PyTorch's number of threads
     stays where the user has said one in the environment."""
     if flops < FLOPS_WORTH_THREADS and not any(os.environ.get(name) for name in _NAMES):
         torch.set_num_threads(1)
