@@ -15,8 +15,8 @@ _NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def take_one_thread_for_short_steps(flops: float) -> None:
-    """`flops`: of the matrix products and convolutions of one eager step. PyTorch's number of threads
-    stays where the user has said one in the environment."""
+    """`flops`: of the matrix products and convolutions of one eager step. The number of threads
+    stays what it is where the user has said one in the environment."""
     if flops < FLOPS_WORTH_THREADS and not any(os.environ.get(name) for name in _NAMES):
         torch.set_num_threads(1)
 
