@@ -48,7 +48,7 @@ bench: $(READY)  ## throughput of each operator and of a training step
 bench-gpu: $(READY)  ## parity and every benchmark on a GPU, into bench/results/
 	$(BIN)/python bench/gpu.py $(ARGS)
 
-bench-peers: $(READY)  ## training beside pythae and others on a CPU, into docs/speed.md, and how threads wait: three hours
+bench-peers: $(READY)  ## training beside pythae and others on a CPU, into docs/speed.md, and how threads wait: two hours
 	$(BIN)/python bench/peers.py $(ARGS)
 	$(BIN)/python bench/threads.py
 

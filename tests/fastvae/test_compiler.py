@@ -248,7 +248,7 @@ def test_code_that_was_left_broken_is_made_again(old: bool, tmp_path: Path) -> N
     those by which PyTorch tells what the processor can."""
     program = """
 import torch
-from fastvae.compiler import Compiled, _remove_relics
+from fastvae.compiler import Compiled
 function = Compiled(lambda x: (x.sin() + 1).sum(), required=True)
 torch.testing.assert_close(function(torch.ones(100)), (torch.ones(100).sin() + 1).sum())
 """
